@@ -1,0 +1,50 @@
+# make run and make test set up everything by themselves, in .venv.
+SHELL := /bin/bash -o pipefail
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: .venv/installed  ## the environment, from requirements.lock, into .venv
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $$(grep '^uv==' requirements.lock)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip sync -q --compile-bytecode requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+run: install  ## the training pipeline on the synthetic sample; report in runs/latest/report/index.html
+	skin-lesion run training
+
+test: install notebooks  ## every notebook and every test that is not marked slow
+	pytest -m 'not slow and not gpu'
+
+notebooks: install  ## executes every notebook
+	nbdev-test --n-workers 2 --timing
+
+bench: install  ## the long checks, and the figures under bench/
+	pytest -m slow --timeout 5400 -s
+
+lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
+	ruff check pipelines tests nbs
+	ruff format --check pipelines tests
+	@fresh=$$(mktemp -d) && trap 'rm -rf $$fresh' EXIT && cp -r nbs skin_lesion pyproject.toml README.md settings.ini $$fresh && \
+	find $$fresh -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf && \
+	( cd $$fresh && nbdev-export && nbdev-clean && jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md ) && \
+	for path in nbs skin_lesion README.md; do diff -r -q -x __pycache__ -x .ipynb_checkpoints $$path $$fresh/$$path || \
+	{ echo "Differs: run nbdev-export, nbdev-clean and make readme, and commit."; exit 1; }; done
+
+readme: install  ## README.md from nbs/index.ipynb
+	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md
+
+hooks: install  ## git hooks and merge driver that keep notebooks clean
+	nbdev-install-hooks
+
+lock:  ## requirements.lock from pyproject.toml
+	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
+
+.PHONY: help install run test notebooks bench lint readme hooks lock
+.DEFAULT_GOAL := help

@@ -1,0 +1,280 @@
+"""The training pipeline: prepare, train, evaluate, gate, then register or fail. It only wires; the steps are nbs/steps."""
+
+from sagemaker.core.model_metrics import MetricsSource, ModelMetrics
+from sagemaker.core.network import NetworkConfig
+from sagemaker.core.processing import Processor
+from sagemaker.core.shapes import (
+    CheckpointConfig,
+    OutputDataConfig,
+    ProcessingInput,
+    ProcessingOutput,
+    ProcessingS3Input,
+    ProcessingS3Output,
+)
+from sagemaker.core.workflow.conditions import ConditionGreaterThanOrEqualTo
+from sagemaker.core.workflow.execution_variables import ExecutionVariables
+from sagemaker.core.workflow.functions import Join, JsonGet
+from sagemaker.core.workflow.parameters import ParameterFloat, ParameterInteger, ParameterString
+from sagemaker.core.workflow.pipeline_context import PipelineSession
+from sagemaker.core.workflow.properties import PropertyFile
+from sagemaker.mlops.workflow.condition_step import ConditionStep
+from sagemaker.mlops.workflow.fail_step import FailStep
+from sagemaker.mlops.workflow.model_step import ModelStep
+from sagemaker.mlops.workflow.pipeline import Pipeline
+from sagemaker.mlops.workflow.retry import (
+    SageMakerJobExceptionTypeEnum,
+    SageMakerJobStepRetryPolicy,
+    StepExceptionTypeEnum,
+    StepRetryPolicy,
+)
+from sagemaker.mlops.workflow.steps import CacheConfig, ProcessingStep, TrainingStep
+from sagemaker.serve.model_builder import ModelBuilder
+from sagemaker.train.configs import Compute, InputData, MetricDefinition, Networking, StoppingCondition, Tag
+from sagemaker.train.model_trainer import ModelTrainer
+
+from skin_lesion.cloud.compile import has_local_storage
+from skin_lesion.settings import parameter_name, pipeline_settings
+
+ENTRYPOINT = ["skin-lesion", "step"]
+HOUR = 3600
+NUMBER = r"([-+0-9.eE]+)"
+METRICS = ["train_loss", "validation_loss", "validation_balanced_accuracy"]
+THROTTLED = StepRetryPolicy([StepExceptionTypeEnum.THROTTLING], interval_seconds=10, max_attempts=5)
+BUSY = SageMakerJobStepRetryPolicy(
+    exception_types=[SageMakerJobExceptionTypeEnum.RESOURCE_LIMIT],
+    failure_reason_types=[SageMakerJobExceptionTypeEnum.CAPACITY_ERROR],
+    interval_seconds=60,
+    max_attempts=5,
+)
+JOB = dict(retry_policies=[THROTTLED, BUSY], cache_config=CacheConfig(enable_caching=True, expire_after="P30D"))
+
+
+class ContainerTrainingStep(TrainingStep):
+    """A training step with what `ModelTrainer` has no argument for: the container's command, as the Processing steps
+    have it, and a role that is a pipeline parameter."""
+
+    def __init__(self, name, step_args, role, **options):
+        super().__init__(name, step_args, **options)
+        self.role = role
+
+    @property
+    def arguments(self):
+        request = super().arguments
+        request["RoleArn"] = self.role
+        request["AlgorithmSpecification"]["ContainerEntrypoint"] = ENTRYPOINT
+        request["AlgorithmSpecification"]["ContainerArguments"] = [self.name]
+        return request
+
+
+def setting_parameter(name, value):
+    """The pipeline parameter of one setting. A boolean is a string of two allowed values: `Std:Join` would
+    print a Boolean in a form of its own."""
+    name = parameter_name(name)
+    if isinstance(value, bool):
+        return ParameterString(name, str(value).lower(), enum_values=["true", "false"])
+    kind = {int: ParameterInteger, float: ParameterFloat, str: ParameterString}[type(value)]
+    return kind(name, default_value=value)
+
+
+def build(settings) -> Pipeline:
+    """The pipeline `skin-lesion-training` with the defaults of `settings` (section.key to `Setting`)."""
+    aws = {name.removeprefix("aws."): s.value for name, s in settings.items() if name.startswith("aws.")}
+    bucket, group, key = aws["bucket"], aws["model_package_group"], aws["kms_key"]
+    subnets, security_groups = aws["subnets"].split(","), aws["security_groups"].split(",")
+    # SageMaker refuses a volume key where the volume is the instance's own disk, which encrypts itself. So the kind of
+    # instance is settled here: another kind needs another compilation, not only another parameter.
+    volume_key = {
+        name: None if has_local_storage(aws[name]) else key for name in ("processing_instance", "training_instance")
+    }
+    parameter = {name: setting_parameter(name, s.value) for name, s in pipeline_settings(settings).items()}
+    input_data = ParameterString("InputData", f"s3://{bucket}/raw/sample")
+    champion_data = ParameterString("ChampionData", f"s3://{bucket}/champion/{group}")
+    image = ParameterString("ImageUri", aws["image_uri"])
+    processing_instance = ParameterString("ProcessingInstance", aws["processing_instance"])
+    training_instance = ParameterString("TrainingInstance", aws["training_instance"])
+    role = ParameterString("RoleArn", aws["role_arn"])
+    session = PipelineSession(default_bucket=bucket)
+    session._default_bucket = bucket  # otherwise the SDK asks S3 whether the bucket is there
+    tags = [{"Key": "project", "Value": "skin-lesion"}, {"Key": "cost-center", "Value": "skin-lesion"}]
+
+    def section(name):
+        return {k.split(".")[1]: v.to_string() for k, v in parameter.items() if k.startswith(f"{name}.")}
+
+    def run_uri(*parts):
+        return Join("/", [f"s3://{bucket}/runs", ExecutionVariables.PIPELINE_EXECUTION_ID, *parts])
+
+    def output(step, name):
+        return step.properties.ProcessingOutputConfig.Outputs[name].S3Output.S3Uri
+
+    def processing(name, inputs, outputs, arguments, hours, property_files=None):
+        processor = Processor(
+            role=role,
+            image_uri=image,
+            instance_count=1,
+            instance_type=processing_instance,
+            entrypoint=ENTRYPOINT,
+            volume_size_in_gb=aws["volume_size"],
+            volume_kms_key=volume_key["processing_instance"],
+            output_kms_key=key,
+            max_runtime_in_seconds=hours * HOUR,
+            sagemaker_session=session,
+            tags=tags,
+            network_config=NetworkConfig(True, security_groups, subnets, encrypt_inter_container_traffic=True),
+        )
+        folder = "/opt/ml/processing"
+        step_args = processor.run(
+            inputs=[
+                ProcessingInput(
+                    input_name=channel,
+                    s3_input=ProcessingS3Input(
+                        s3_uri=uri, local_path=f"{folder}/input/{channel}", s3_data_type="S3Prefix"
+                    ),
+                )
+                for channel, uri in inputs.items()
+            ],
+            outputs=[
+                ProcessingOutput(
+                    output_name=channel,
+                    s3_output=ProcessingS3Output(
+                        s3_uri=run_uri(name, channel),
+                        local_path=f"{folder}/output/{channel}",
+                        s3_upload_mode="EndOfJob",
+                    ),
+                )
+                for channel in [*outputs, "report"]
+            ],
+            arguments=[name, *(word for option, value in arguments.items() for word in (f"--{option}", value))],
+        )
+        return ProcessingStep(name, step_args, property_files=property_files, **JOB)
+
+    prepare = processing(
+        "prepare", {"raw": input_data}, ["train", "validation", "test", "table"], section("data"), hours=6
+    )
+
+    hyperparameters = section("train")
+    trainer = ModelTrainer(
+        sagemaker_session=session,
+        role=aws["role_arn"],
+        base_job_name="train",
+        training_image=image,
+        compute=Compute(
+            instance_type=training_instance,
+            instance_count=1,
+            volume_size_in_gb=aws["volume_size"],
+            volume_kms_key_id=volume_key["training_instance"],
+            enable_managed_spot_training=True,
+        ),
+        networking=Networking(
+            subnets=subnets,
+            security_group_ids=security_groups,
+            enable_network_isolation=True,
+            enable_inter_container_traffic_encryption=True,
+        ),
+        stopping_condition=StoppingCondition(max_runtime_in_seconds=24 * HOUR, max_wait_time_in_seconds=36 * HOUR),
+        output_data_config=OutputDataConfig(s3_output_path=run_uri("train"), kms_key_id=key),
+        # An address of its own for each execution: checkpoints of other code or data are never picked up. The price is that
+        # SageMaker, whose cache key holds this address, repeats training in each execution; the local engine does not.
+        checkpoint_config=CheckpointConfig(s3_uri=run_uri("train", "checkpoints"), local_path="/opt/ml/checkpoints"),
+        hyperparameters=hyperparameters,
+        tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in tags],
+    ).with_metric_definitions([MetricDefinition(name=name, regex=f"{name}={NUMBER}") for name in METRICS])
+    train = ContainerTrainingStep(
+        "train",
+        trainer.train(
+            [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
+        ),
+        role,
+        **JOB,
+    )
+    model = train.properties.ModelArtifacts.S3ModelArtifacts
+
+    evaluation = PropertyFile("evaluation", output_name="evaluation", path="evaluation.json")
+    evaluate = processing(
+        "evaluate",
+        {"model": model, **{c: output(prepare, c) for c in ("validation", "test", "table")}, "champion": champion_data},
+        ["evaluation"],
+        section("evaluate") | section("gate"),
+        hours=6,
+        property_files=[evaluation],
+    )
+
+    register = processing(
+        "register", {"model": model, "evaluation": output(evaluate, "evaluation")}, ["package"], {}, hours=1
+    )
+    package = Join("/", [output(register, "package"), "model.tar.gz"])
+    metrics = MetricsSource("application/json", Join("/", [output(evaluate, "evaluation"), "evaluation.json"]))
+    add_to_registry = ModelStep(
+        "model",
+        ModelBuilder(
+            image_uri=image, s3_model_data_url=package, role_arn=aws["role_arn"], sagemaker_session=session
+        ).register(
+            model_package_group_name=group,
+            content_types=["image/jpeg", "image/png", "application/json"],
+            response_types=["application/json"],
+            inference_instances=["ml.m5.large", "ml.m5.xlarge", "ml.c5.xlarge"],
+            transform_instances=["ml.m5.xlarge", "ml.c5.xlarge"],
+            model_metrics=ModelMetrics(model_statistics=metrics),
+            approval_status="PendingManualApproval",
+            customer_metadata_properties={
+                "execution": ExecutionVariables.PIPELINE_EXECUTION_ID,
+                "dataset": parameter["data.dataset"],
+                "architecture": parameter["train.architecture"],
+            },
+        ),
+        retry_policies=[THROTTLED],
+    )
+
+    def measured(path):
+        return JsonGet(step_name="evaluate", property_file=evaluation, json_path=path)
+
+    floors = {
+        "balanced_accuracy.low": parameter["gate.balanced_accuracy_low"],
+        "melanoma_sensitivity.value": parameter["gate.melanoma_sensitivity"],
+        "champion.margin_left": 0.0,
+    }
+    below = FailStep(
+        "below-the-gate",
+        Join(
+            "",
+            [
+                "The model is below the gate and is not registered. ",
+                *(
+                    part
+                    for path, floor in floors.items()
+                    for part in (
+                        path,
+                        " = ",
+                        measured(path),
+                        ", needed ",
+                        floor if isinstance(floor, ParameterFloat) else str(floor),
+                        "; ",
+                    )
+                ),
+                "champion.margin_left is the difference to the champion plus the margin ",
+                parameter["gate.champion_margin"],
+                ". See evaluation.json.",
+            ],
+        ),
+    )
+    gate = ConditionStep(
+        "gate",
+        conditions=[ConditionGreaterThanOrEqualTo(measured(path), floor) for path, floor in floors.items()],
+        if_steps=[register, add_to_registry],
+        else_steps=[below],
+    )
+
+    return Pipeline(
+        name="skin-lesion-training",
+        parameters=[
+            *parameter.values(),
+            input_data,
+            champion_data,
+            image,
+            role,
+            processing_instance,
+            training_instance,
+        ],
+        pipeline_experiment_config=None,
+        steps=[prepare, train, evaluate, gate],
+        sagemaker_session=session,
+    )

@@ -1,0 +1,99 @@
+"""Figures that take minutes: `make bench` runs them on an otherwise idle machine and keeps them as JSON under bench/."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from sklearn.metrics import balanced_accuracy_score
+from test_definition import definition, processing
+
+from skin_lesion.data.catalog import read_dataset
+from skin_lesion.data.duplicates import near_duplicates
+from skin_lesion.data.shards import Shards, pack_images, write_shards
+from skin_lesion.data.splits import split_table
+from skin_lesion.execution.definition import local_path
+from skin_lesion.execution.engine import run
+from skin_lesion.training.imbalance import IMBALANCE, class_shares
+from skin_lesion.training.loop import Recipe, predict_logits, train
+from skin_lesion.training.models import Classifier, load_pretrained
+from skin_lesion.training.provenance import git_commit
+
+pytestmark = pytest.mark.slow
+
+
+def keep(name, figures):
+    """Prints the figures and writes them, with what they were measured on, to bench/NAME.json."""
+    cpu = next(
+        (line.split(": ")[1] for line in open("/proc/cpuinfo") if "model name" in line), platform.processor()
+    ).strip()
+    machine = {"processor": cpu, "threads": torch.get_num_threads()}
+    text = json.dumps({"figures": figures, "commit": git_commit(), "machine": machine}, indent=1)
+    (ROOT / "bench" / f"{name}.json").write_text(text + "\n")
+    print(f"\n{name}: {json.dumps(figures, indent=1)}")
+
+
+def test_engine_and_papermill_cost_at_most_two_and_a_half_seconds_a_step(tmp_path):
+    """Steps that do nothing: all of their time is the engine's, the runner's, papermill's and the kernel's."""
+    cells = [
+        {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "word: str = 'a'  # nothing"},
+        {
+            "cell_type": "code",
+            "metadata": {},
+            "source": "import os, pathlib\n"
+            "pathlib.Path(os.environ['SKIN_LESION_ROOT'], 'processing/output/out/a.txt').write_text(word)",
+        },
+    ]
+    for i, cell in enumerate(cells):
+        cell |= {"id": f"c{i}", "outputs": [], "execution_count": None}
+    notebook = tmp_path / "10_nothing.ipynb"
+    notebook.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    raw = local_path("s3://bucket/raw", tmp_path / "runs")
+    raw.mkdir(parents=True)
+    (raw / "raw.txt").write_text("raw")
+    names = [f"step{i}" for i in range(8)]
+    steps = [processing(name) | {"DependsOn": names[:i]} for i, name in enumerate(names)]
+    command = lambda words: [sys.executable, "-P", "-m", "skin_lesion.execution.step", str(notebook)]
+    started = time.perf_counter()
+    result = run(definition(*steps), root=tmp_path / "runs", command=command, notebook=lambda words: notebook)
+    a_step = (time.perf_counter() - started) / len(names)
+    assert result.status == "Succeeded", result.state
+    bare = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb"], capture_output=True)
+        bare.append(time.perf_counter() - started)
+    keep("engine", {"seconds_a_step": round(a_step, 2), "plain_papermill_command_seconds": round(min(bare), 2)})
+    assert a_step <= 2.5
+
+
+@pytest.mark.timeout(5400)
+def test_which_way_of_handling_imbalance_is_best(shared_data, tmp_path):
+    """Short fine-tunes on HAM10000 that differ in nothing else, judged on lesion-disjoint validation pictures."""
+    folder = shared_data / "ham10000"
+    table, _ = read_dataset("ham10000", folder)
+    packed = pack_images(table, folder, 64, tmp_path / "work")
+    table = split_table(table, near_duplicates(packed.fingerprints), 0.15, 0.15, 1)
+    training, validation = (
+        Shards(write_shards(table[table.split == part], packed, tmp_path / part)) for part in ("train", "validation")
+    )
+    truth = [validation.classes.index(d) for d in validation.rows.diagnosis]
+    shares = class_shares(np.array([training.classes.index(d) for d in training.rows.diagnosis]), training.classes)
+    figures = {}
+    for way in IMBALANCE:
+        torch.manual_seed(1)
+        model = load_pretrained(Classifier("efficientnet_lite0", 7), "efficientnet_lite0")
+        recipe = Recipe(epochs=4, batch_size=32, imbalance=way, ema_decay=0.99)
+        train(model, training, validation, training.classes, recipe, tmp_path / way, torch.device("cpu"))
+        logits = predict_logits(model, validation, torch.device("cpu"), torch.float32)
+        figures[way] = round(float(balanced_accuracy_score(truth, logits.argmax(1))), 3)
+        if way == "none":
+            after = balanced_accuracy_score(truth, (logits - np.log(shares)).argmax(1))
+            figures["none, adjusted afterwards"] = round(float(after), 3)
+    keep("imbalance", {"images": len(training), "pixels": 64, "epochs": 4, "validation_balanced_accuracy": figures})
+    assert figures["none"] < min(figures[way] for way in IMBALANCE if way != "none")

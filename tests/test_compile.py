@@ -1,0 +1,166 @@
+"""Compiling is offline and repeatable, and the committed definition is current, valid and closed."""
+
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import boto3
+import pytest
+
+from skin_lesion.cloud.compile import compile_pipeline, each_step, unsafe_jobs, validate
+from skin_lesion.settings import load_settings, pipeline_settings, project_file
+
+COMMITTED = project_file("pipelines", "definitions", "training.json")
+
+# No sockets and no AWS settings; a fresh interpreter has its own hash seed, so an order taken from a set shows.
+OFFLINE = """
+import socket, sys
+def refuse(*args, **kwargs): raise OSError("no sockets here")
+socket.socket.connect = socket.socket.bind = socket.getaddrinfo = socket.create_connection = refuse
+from skin_lesion.cloud.compile import compile_pipeline
+from skin_lesion.settings import load_settings
+sys.stdout.write(compile_pipeline("training", load_settings(environ={})))
+"""
+
+
+def compile_offline(hash_seed, folder):
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "SAGEMAKER_", "SKIN_LESION_"))}
+    environ |= {"PYTHONHASHSEED": hash_seed, "HOME": str(folder), "PYTHONPATH": str(project_file())}
+    done = subprocess.run([sys.executable, "-c", OFFLINE], cwd=folder, env=environ, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert list(folder.iterdir()) == []  # nothing is left behind
+    return done
+
+
+@pytest.fixture(scope="module")
+def definition():
+    return json.loads(COMMITTED.read_text())
+
+
+def change(definition, name):
+    """A copy of the definition, and the arguments of one of its steps to break."""
+    changed = copy.deepcopy(definition)
+    return changed, next(s["Arguments"] for s in each_step(changed["Steps"]) if s["Name"] == name)
+
+
+def test_two_compilations_without_sockets_give_the_committed_bytes(tmp_path):
+    first, second = compile_offline("1", tmp_path), compile_offline("2", tmp_path)
+    assert first.stdout == second.stdout
+    assert first.stderr == b""
+    assert first.stdout == COMMITTED.read_bytes(), (
+        "run: skin-lesion compile training -o pipelines/definitions/training.json"
+    )
+
+
+def test_compiling_for_other_settings_leaves_the_process_as_it_was(monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "of-the-user")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-2")
+    environ, session = dict(os.environ), boto3.DEFAULT_SESSION
+    handlers, level, disabled = logging.root.handlers[:], logging.root.level, logging.root.manager.disable
+    # ml.p3 has an EBS volume, to which SageMaker gives our key; the default ml.g5 has a disk of its own, where it takes none
+    settings = load_settings(
+        {"train.epochs": "3", "aws.region": "eu-north-1", "aws.training_instance": "ml.p3.2xlarge"}, environ={}
+    )
+    definition = json.loads(compile_pipeline("training", settings))
+    assert dict(os.environ) == environ and boto3.DEFAULT_SESSION is session
+    assert (logging.root.handlers, logging.root.level, logging.root.manager.disable) == (handlers, level, disabled)
+    assert {"DefaultValue": 3, "Name": "TrainEpochs", "Type": "Integer"} in definition["Parameters"]
+    assert unsafe_jobs(definition) == [] and validate(definition) == []
+    changed, arguments = change(definition, "train")
+    del arguments["ResourceConfig"]["VolumeKmsKeyId"]
+    assert unsafe_jobs(changed) == ["train: no KMS key on its volume"]
+
+
+def test_every_pipeline_setting_is_a_parameter_and_reaches_a_step(definition):
+    names = {p["Name"] for p in definition["Parameters"]}
+    for name in pipeline_settings(load_settings(environ={})):
+        parameter = "".join(word.capitalize() for word in name.replace(".", "_").split("_"))
+        assert parameter in names
+        assert f'"Parameters.{parameter}"' in json.dumps(definition["Steps"]), f"{parameter} is used by no step"
+
+
+def test_unknown_pipeline_names_those_that_exist():
+    with pytest.raises(ValueError, match="There is no pipeline 'x'. There are: .*training"):
+        compile_pipeline("x", load_settings(environ={}))
+
+
+def test_committed_definition_is_valid_and_safe(definition):
+    assert validate(definition) == []
+    assert unsafe_jobs(definition) == []
+
+
+@pytest.mark.parametrize(
+    "step, path, value, problem",
+    [
+        (
+            "prepare",
+            ["AppSpecification", "Entrypoint"],
+            "x",
+            'prepare: Unknown parameter in AppSpecification: "Entrypoint"',
+        ),
+        (
+            "prepare",
+            ["ProcessingResources", "ClusterConfig", "InstanceCount"],
+            "1",
+            "prepare: Invalid type for parameter",
+        ),
+        ("train", ["RoleArn"], None, "train: Invalid type for parameter RoleArn"),
+        ("train", ["HyperParameters", "seed"], {"Get": "Parameters.TrainSeed"}, "train: Invalid type for parameter"),
+        ("evaluate", ["RoleArn"], {"Get": "Parameters.Rolearn"}, "evaluate: refers to 'Rolearn'"),
+        ("register", ["RoleArn"], {"Get": "Steps.prepared.RoleArn"}, "register: refers to 'prepared'"),
+        ("model", ["ModelMetrics", "Quality"], {}, "model: Unknown parameter in ModelMetrics"),
+    ],
+)
+def test_a_planted_fault_is_found(definition, step, path, value, problem):
+    changed, arguments = change(definition, step)
+    for key in path[:-1]:
+        arguments = arguments[key]
+    arguments[path[-1]] = value
+    found = validate(changed)
+    assert len(found) == 1 and problem in found[0], found
+
+
+@pytest.mark.parametrize("step", ["prepare", "evaluate", "register"])
+@pytest.mark.parametrize(
+    "path, problem",
+    [
+        (["ProcessingResources", "ClusterConfig", "VolumeKmsKeyId"], "no KMS key on its volume"),
+        (["ProcessingOutputConfig", "KmsKeyId"], "no KMS key on its outputs"),
+        (["NetworkConfig", "VpcConfig"], "no private network"),
+        (["NetworkConfig", "VpcConfig", "Subnets"], "no private network"),
+        (["NetworkConfig", "EnableNetworkIsolation"], "no network isolation"),
+        (["NetworkConfig", "EnableInterContainerTrafficEncryption"], "no encryption between containers"),
+    ],
+)
+def test_an_open_processing_job_is_found(definition, step, path, problem):
+    changed, arguments = change(definition, step)
+    for key in path[:-1]:
+        arguments = arguments[key]
+    del arguments[path[-1]]
+    assert unsafe_jobs(changed) == [f"{step}: {problem}"]
+
+
+@pytest.mark.parametrize(
+    "path, problem",
+    [
+        (["OutputDataConfig", "KmsKeyId"], "no KMS key on its outputs"),
+        (["VpcConfig"], "no private network"),
+        (["EnableNetworkIsolation"], "no network isolation"),
+        (["EnableInterContainerTrafficEncryption"], "no encryption between containers"),
+    ],
+)
+def test_an_open_training_job_is_found(definition, path, problem):
+    changed, arguments = change(definition, "train")
+    for key in path[:-1]:
+        arguments = arguments[key]
+    del arguments[path[-1]]
+    assert unsafe_jobs(changed) == [f"train: {problem}"]
+
+
+def test_retries_are_only_for_what_passes_by_itself(definition):
+    passing = {"Step.THROTTLING", "SageMaker.RESOURCE_LIMIT", "SageMaker.CAPACITY_ERROR"}
+    for step in each_step(definition["Steps"]):
+        assert {e for policy in step.get("RetryPolicies", []) for e in policy["ExceptionType"]} <= passing

@@ -1,0 +1,173 @@
+"""The training loop's promises that need processes of their own: kill -9, several processes, a foreign checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from sklearn.datasets import load_sample_image
+
+from skin_lesion.data.catalog import read_dataset
+from skin_lesion.data.duplicates import near_duplicates
+from skin_lesion.data.images import to_square
+from skin_lesion.data.sample import write_sample
+from skin_lesion.data.shards import Shards, pack_images, write_shards
+from skin_lesion.data.splits import split_table
+from skin_lesion.training.imbalance import IMBALANCE
+from skin_lesion.training.loop import Recipe, Stopped, train
+from skin_lesion.training.models import ARCHITECTURES, Classifier, load_pretrained
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from skin_lesion.data.shards import Shards
+from skin_lesion.training.loop import Recipe, Stopped, train
+from skin_lesion.training.models import Classifier
+folder, checkpoints, world = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+if world > 1: dist.init_process_group('gloo')
+torch.manual_seed(1)
+torch.set_num_threads(1)
+shards = [Shards(folder / part) for part in ('train', 'validation')]
+model = Classifier('mobilenetv2_050', 7)
+train(model, *shards, shards[0].classes, Recipe(epochs=3, batch_size=16, warmup_epochs=0, ema_decay=0.9), checkpoints, torch.device('cpu'))
+rank = dist.get_rank() if world > 1 else 0
+torch.save(model.state_dict(), checkpoints / f'end{rank}.pt')
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    sample = write_sample(folder / "sample", lesions=60, seed=1)
+    table, _ = read_dataset("sample", sample)
+    packed = pack_images(table, sample, 32, folder / "work")
+    table = split_table(table, near_duplicates(packed.fingerprints), 0.2, 0.2, 1)
+    for part in ("train", "validation"):
+        write_shards(table[table.split == part], packed, folder / part)
+    (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
+    return folder
+
+
+def same(a, b):
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(shards, checkpoints, world=1, **options):
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+    words = [sys.executable, *launch, str(shards / "train.py"), str(shards), str(checkpoints), str(world)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def test_kill_9_and_resume_is_bit_equal_to_an_uninterrupted_run(shards, tmp_path):
+    assert run(shards, tmp_path / "straight").wait(120) == 0
+    killed = run(shards, tmp_path / "killed")
+    while not (tmp_path / "killed/last.pt").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "killed/end0.pt").exists()
+    resumed = run(shards, tmp_path / "killed")
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0 and "resumed at epoch" in output
+    assert same(tmp_path / "straight/end0.pt", tmp_path / "killed/end0.pt")
+
+
+class StopsAt(Classifier):
+    """A network that is sent SIGTERM while it works on its n-th training batch."""
+
+    def __init__(self, n):
+        super().__init__("mobilenetv2_050", 7)
+        self.n, self.calls = n, 0
+
+    def forward(self, images):
+        self.calls += self.training
+        if self.calls == self.n:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().forward(images)
+
+
+def test_sigterm_saves_in_the_middle_of_an_epoch_and_resumes_to_the_bit(shards, tmp_path):
+    parts, cpu = [Shards(shards / part) for part in ("train", "validation")], torch.device("cpu")
+    recipe = Recipe(epochs=2, batch_size=16, warmup_epochs=0, ema_decay=0.9)
+    torch.manual_seed(1)
+    straight = Classifier("mobilenetv2_050", 7)
+    train(straight, *parts, parts[0].classes, recipe, tmp_path / "straight", cpu)
+    torch.manual_seed(1)
+    an_epoch = len(parts[0]) // recipe.batch_size
+    with pytest.raises(Stopped, match=f"epoch 1 after batch 2 of {an_epoch}"):
+        train(StopsAt(an_epoch + 2), *parts, parts[0].classes, recipe, tmp_path / "stopped", cpu)
+    resumed = Classifier("mobilenetv2_050", 7)
+    train(resumed, *parts, parts[0].classes, recipe, tmp_path / "stopped", cpu)
+    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_two_processes_train_one_model(shards, tmp_path):
+    process = run(shards, tmp_path / "two", world=2, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-2000:]
+    assert output.count("validation_balanced_accuracy=") == 3, "one line an epoch, from one process"
+    assert torch.load(tmp_path / "two/last.pt", weights_only=True)["epoch"] == 3
+
+
+def test_a_checkpoint_of_another_run_is_refused(shards, tmp_path):
+    parts = [Shards(shards / part) for part in ("train", "validation")]
+    cpu = torch.device("cpu")
+    train(Classifier("mobilenetv2_050", 7), *parts, parts[0].classes, Recipe(1, 16, warmup_epochs=0), tmp_path, cpu)
+    with pytest.raises(ValueError, match="another recipe"):
+        train(Classifier("mobilenetv2_050", 7), *parts, parts[0].classes, Recipe(2, 16, warmup_epochs=0), tmp_path, cpu)
+
+
+def test_early_stopping_keeps_the_best_epoch(shards, tmp_path):
+    parts = [Shards(shards / part) for part in ("train", "validation")]
+    recipe = Recipe(30, 16, learning_rate=0.0, warmup_epochs=0, ema_decay=0.0, patience=2, optimizer="sgd")
+    history = train(Classifier("mobilenetv2_050", 7), *parts, parts[0].classes, recipe, tmp_path, torch.device("cpu"))
+    assert len(history) < 30, "a learning rate of nothing brings no improvement"
+
+
+@pytest.mark.parametrize("way", IMBALANCE)
+def test_every_way_of_handling_imbalance_learns(shards, tmp_path, way):
+    parts = [Shards(shards / part) for part in ("train", "validation")]
+    torch.manual_seed(1)
+    model = load_pretrained(Classifier("efficientnet_lite0", 7), "efficientnet_lite0")
+    recipe = Recipe(10, 16, warmup_epochs=0, imbalance=way, ema_decay=0)
+    history = train(model, *parts, parts[0].classes, recipe, tmp_path, torch.device("cpu"))
+    assert history.train_loss.iloc[-3:].mean() < 0.8 * history.train_loss.iloc[0]
+
+
+@pytest.mark.parametrize(
+    "architecture", [a for a in ARCHITECTURES if a not in ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7")]
+)
+def test_named_architectures_answer(architecture):
+    model = Classifier(architecture, 8).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("architecture", ["efficientnet_b5", "efficientnet_b6", "efficientnet_b7"])
+def test_large_architectures_are_known(architecture):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Classifier(architecture, 8).parameters()) > 25e6
+
+
+@pytest.mark.parametrize("picture, imagenet_class", [("flower.jpg", 985), ("china.jpg", 698)])  # daisy, palace
+def test_pretrained_lite0_has_its_real_weights(picture, imagenet_class):
+    model = load_pretrained(Classifier("efficientnet_lite0", 1000), "efficientnet_lite0").eval()
+    square = to_square(load_sample_image(picture), 224)
+    with torch.no_grad():
+        assert model(torch.from_numpy(square)[None]).argmax().item() == imagenet_class
+
+
+def test_weights_that_cannot_be_had_name_both_ways_out(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = "from skin_lesion.training.models import *\nload_pretrained(Classifier('mobilenetv2', 7), 'mobilenetv2')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"HF_HOME": "/nonexistent"}
+    )
+    assert done.returncode and "train.pretrained=false" in done.stderr and "internet" in done.stderr

@@ -1,0 +1,34 @@
+"""A wheel needs no checkout: settings, step notebooks and compiled definitions travel inside it."""
+
+import subprocess
+import sys
+import zipfile
+
+from conftest import ROOT, Project
+
+
+def test_the_wheel_carries_settings_notebooks_and_definitions(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+    project = Project(tmp_path / "unused")
+    project.env["PYTHONPATH"] = str(tmp_path / "site")
+    settings = project.cli("settings")
+    assert settings.returncode == 0 and "train.epochs" in settings.stdout, settings.stderr
+    where = "import skin_lesion.settings as s; print(s.project_root())"
+    found = subprocess.run([sys.executable, "-c", where], env=project.env, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.strip() == str(tmp_path / "site/skin_lesion/project")
+    assert project.cli("data", "sample", "--out", "tiny", "--lesions", "24").returncode == 0
+    root = project.work / "root"
+    (root / "processing/input").mkdir(parents=True)
+    (project.work / "tiny").rename(root / "processing/input/raw")
+    project.env["SKIN_LESION_ROOT"] = str(root)
+    step = project.cli("step", "prepare")
+    assert step.returncode == 0, step.stderr
+    assert (root / "processing/output/table/split_proof.json").exists()
