@@ -136,6 +136,24 @@ def test_atexit_of_the_notebook_runs(tmp_path):
     assert (step.root / "scratch/bye").exists()
 
 
+def test_control_thread_ends_before_its_sockets(tmp_path):
+    """Jupyter alone closes them first, and now and then hangs or aborts."""
+    slow = """
+def slow(kernel):
+    import pathlib, threading, time
+    publish = kernel._publish_status_and_flush
+    def late(*args):
+        if threading.current_thread() is kernel.control_thread: time.sleep(0.5)
+        publish(*args)
+        if kernel.iopub_thread.thread.is_alive(): pathlib.Path(threading.current_thread().name).touch()
+    kernel._publish_status_and_flush = late
+slow(get_ipython().kernel)
+assert "atexit" not in globals()"""
+    step = Step(tmp_path, "a: int = 1", slow)
+    assert step.run()[::2] == (0, "")
+    assert (step.root / "scratch/Control").exists()
+
+
 def test_children_of_the_notebook_end_with_it(tmp_path):
     step = Step(
         tmp_path,

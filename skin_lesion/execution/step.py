@@ -23,10 +23,10 @@ from .smoke import smoke_root
 from ..settings import project_file
 
 # %% auto #0
-__all__ = ['FAILED', 'REFUSED', 'STOP_SECONDS', 'StepError', 'opt_ml', 'step_root', 'is_training', 'report_folder', 'step_name',
-           'find_notebook', 'kernel_environment', 'start_kernel', 'import_papermill', 'WholeFiles', 'Progress', 'judge',
-           'declared_outputs', 'missing_outputs', 'mark_failed', 'write_failure', 'kill_kernel', 'Stop', 'watch_parent',
-           'execute', 'kernel_for', 'run_step']
+__all__ = ['FAILED', 'REFUSED', 'LEAVE_IN_ORDER', 'STOP_SECONDS', 'StepError', 'opt_ml', 'step_root', 'is_training',
+           'report_folder', 'step_name', 'find_notebook', 'kernel_environment', 'start_kernel', 'import_papermill',
+           'WholeFiles', 'Progress', 'judge', 'declared_outputs', 'missing_outputs', 'mark_failed', 'write_failure',
+           'kill_kernel', 'Stop', 'watch_parent', 'execute', 'kernel_for', 'run_step']
 
 # %% ../../nbs/execution/01_step.ipynb #4b559e73
 FAILED, REFUSED = 1, 2  # exit codes beside 0, and 128 + signal for a step that was told to stop
@@ -97,6 +97,10 @@ def kernel_environment(root: Path, runtime: Path) -> dict[str, str]:
         'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
 
 
+LEAVE_IN_ORDER = """__import__('atexit').register(lambda kernel:
+    [thread.stop() or thread.join() for thread in (kernel.control_thread, kernel.shell_channel_thread)], get_ipython().kernel)"""
+
+
 def start_kernel(root: Path, runtime: Path):
     "A Jupyter kernel manager with its kernel started in root/scratch."
     from jupyter_client.kernelspec import KernelSpecManager
@@ -106,7 +110,7 @@ def start_kernel(root: Path, runtime: Path):
                                 connection_file=str(runtime/'kernel.json'), transport='ipc', ip=str(runtime/'socket'))
     (root/'scratch').mkdir(parents=True, exist_ok=True)
     run_sync(kernel.start_kernel)(cwd=str(root/'scratch'), env=kernel_environment(root, runtime),
-                                  extra_arguments=['--HistoryManager.enabled=False'])
+                                  extra_arguments=['--HistoryManager.enabled=False', f'--InteractiveShellApp.exec_lines={LEAVE_IN_ORDER}'])
     return kernel
 
 # %% ../../nbs/execution/01_step.ipynb #c4cb3331
