@@ -24,7 +24,7 @@ def sample(tmp_path_factory):
 def prepare(root, sample, *args, spoil=None):
     "Runs the step as a process; the finished process and its output folder."
     raw = root / "processing" / "input" / "raw"
-    shutil.copytree(sample, raw)
+    shutil.copytree(sample, raw, symlinks=True)
     if spoil:
         spoil(raw)
     done = subprocess.run(

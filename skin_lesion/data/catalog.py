@@ -13,7 +13,7 @@ import pandera.pandas as pa
 
 # %% auto #0
 __all__ = ['FULL_NAMES', 'DIAGNOSES', 'HAM10000_DIAGNOSES', 'ARCHIVE_DIAGNOSES', 'SEVEN', 'EIGHT', 'DATASETS', 'TABLE',
-           'IMAGE_ENDINGS', 'READERS', 'REJECTED', 'about', 'classes_of', 'find_images', 'read_dataset',
+           'IMAGE_ENDINGS', 'READERS', 'REJECTED', 'names_in', 'about', 'classes_of', 'find_images', 'read_dataset',
            'account_counts', 'account_error']
 
 # %% ../../nbs/data/01_catalog.ipynb #7abc2a8b
@@ -56,20 +56,34 @@ DATASETS = {
         title='BCN20000', classes=EIGHT, synthetic=False, licence=_CC_BY_NC, citation=_CITE_BCN)}
 
 # %% ../../nbs/data/01_catalog.ipynb #95e877a0
+def names_in(
+    dataset: str,  # sample, ham10000, isic2019 or bcn20000, or several with commas between them
+) -> list[str]:
+    "The data sets that are named; `ValueError` for a name that is not in the catalog, one that is there twice, or `sample` among others."
+    names = dataset.split(',')
+    for name in names:
+        if name not in DATASETS:
+            raise ValueError(f"dataset is {name!r}; it must be one of {', '.join(DATASETS)}, or several with commas between them; set data.dataset")
+    if len(set(names)) < len(names) or (len(names) > 1 and 'sample' in names):
+        raise ValueError(f'dataset is {dataset!r}; each data set is named once, and the synthetic sample only alone; set data.dataset')
+    return names
+
+
 def about(
-    name: str,  # sample, ham10000, isic2019 or bcn20000
+    dataset: str,  # as `names_in` takes it
 ) -> dict:  # title, classes, synthetic, licence, citation
-    "What is known of a data set; `ValueError` for a name that is not in the catalog."
-    if name not in DATASETS:
-        raise ValueError(f"dataset is {name!r}; it must be one of {', '.join(DATASETS)}; set data.dataset")
-    return DATASETS[name]
+    "What is known of a data set or a combination."
+    known = [DATASETS[name] for name in names_in(dataset)]
+    join = lambda key, by: by.join(dict.fromkeys(part for k in known for part in k[key].split(by)))
+    return {'title': join('title', ' + '), 'classes': max((k['classes'] for k in known), key=len), 'synthetic': known[0]['synthetic'],
+            'licence': join('licence', '; '), 'citation': join('citation', '; ')}
 
 
 def classes_of(
-    name: str,  # sample, ham10000, isic2019 or bcn20000
+    dataset: str,  # as `names_in` takes it
 ) -> tuple[str, ...]:  # codes, in the order of the model's outputs
-    "The diagnoses that a model of this data set tells apart."
-    return about(name)['classes']
+    "The diagnoses that a model of this data set tells apart; of a combination, those of any of its data sets."
+    return about(dataset)['classes']
 
 # %% ../../nbs/data/01_catalog.ipynb #d32f0b43
 def _text(*checks, nullable=False, **kw): return pa.Column(str, list(checks), nullable=nullable, coerce=True, **kw)
@@ -167,7 +181,7 @@ def _read_bcn20000(folder: Path) -> pd.DataFrame:
 READERS = {'sample': _read_sample, 'ham10000': _read_ham10000, 'isic2019': _read_isic2019, 'bcn20000': _read_bcn20000}
 
 # %% ../../nbs/data/01_catalog.ipynb #9fa82bfa
-REJECTED = ('duplicate_id', 'unknown_label', 'missing_file', 'unreadable')
+REJECTED = ('duplicate_id', 'unknown_label', 'missing_file', 'repeated', 'unreadable')
 
 
 def _tidy(raw: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -194,22 +208,23 @@ def _account(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, dict]:
         left = left[~applies[left.index]]
     lonely = left.lesion_id.isna()
     return left.assign(lesion_id=left.lesion_id.fillna(left.image_id)), {
-        **accounting, 'kept': len(left), 'unreadable': [], 'without_lesion': left.image_id[lonely].tolist()}
+        **accounting, 'kept': len(left), 'repeated': [], 'unreadable': [], 'without_lesion': left.image_id[lonely].tolist()}
 
 # %% ../../nbs/data/01_catalog.ipynb #74b5f8f7
 def read_dataset(
     name: str,  # sample, ham10000, isic2019 or bcn20000
     folder: str | Path,  # where the user unpacked it
+    files: dict[str, str] | None = None,  # name of an image -> path; None looks in the folder
 ) -> tuple[pd.DataFrame, dict]:  # a table that `TABLE` accepts, in the source's order; the accounting
     """The table of a data set and the accounting of its rows; no image is opened.
 
     The accounting holds `dataset`, `rows`, `kept`, and lists of image ids: `duplicate_id`, `unknown_label`,
-    `missing_file`, `unreadable` (not kept; with `kept` they add up to `rows`) and `without_lesion` (kept, each its own
+    `missing_file`, `repeated`, `unreadable` (not kept; with `kept` they add up to `rows`) and `without_lesion` (kept, each its own
     lesion). Raises `ValueError` for an unknown name, and for a table or a column that is missing."""
     about(name)
     folder = Path(folder)
     table = _tidy(READERS[name](folder), name)
-    table['path'] = table.image_id.map(find_images(folder))
+    table['path'] = table.image_id.map(find_images(folder) if files is None else files)
     table, accounting = _account(table, name)
     return TABLE.validate(table.reset_index(drop=True)), accounting
 

@@ -63,6 +63,7 @@ CHUNK = 512  # images decoded together; at 128 pixels 25 MB
 class Packed:
     "Every image of a table as a square, in chunk files."
     size: int  # pixels
+    dataset: str  # of the table; several with commas between them
     image_ids: list[str]  # in the order of the table
     chunks: list[Path]  # .npy of (CHUNK, size, size, 3), uint8; the last one is shorter
     fingerprints: np.ndarray  # (N, 256), float32
@@ -146,7 +147,7 @@ def pack_images(
             unreadable |= found[1]
             bar.update(len(found[0]))
             if bar.disable: print(f'decoded {start + len(found[0]):,} of {len(ids):,} images, {time.monotonic() - began:.1f} s', flush=True)
-    return Packed(size, ids, chunks, np.concatenate(prints), unreadable)
+    return Packed(size, ','.join(table.dataset.unique()), ids, chunks, np.concatenate(prints), unreadable)
 
 # %% ../../nbs/data/06_shards.ipynb #c4101efb
 def drop_unreadable(
@@ -187,7 +188,7 @@ def _clear(out: Path):
 
 # %% ../../nbs/data/06_shards.ipynb #ce4af1e0
 def write_shards(
-    rows: pd.DataFrame,  # a part of the table that was packed, of one data set
+    rows: pd.DataFrame,  # a part of the table that was packed
     packed: Packed,
     out: str | Path,  # folder, made; what an earlier write left in it is replaced
 ) -> Path:  # the folder
@@ -213,8 +214,7 @@ def _write_part(rows: pd.DataFrame, packed: Packed, out: Path):
     save_whole(out/ROWS, rows.to_parquet, 1_000_000)
     files[ROWS] = {'bytes': (out/ROWS).stat().st_size, 'sha256': _file_hash(out/ROWS)}
     content.update(_rows_bytes(rows))
-    dataset = rows.dataset.iloc[0]
-    manifest = {'dataset': dataset, 'synthetic': about(dataset)['synthetic'], 'classes': list(classes_of(dataset)),
+    manifest = {'dataset': packed.dataset, 'synthetic': about(packed.dataset)['synthetic'], 'classes': list(classes_of(packed.dataset)),
                 'image_size': packed.size, 'count': len(rows), 'shard': SHARD, 'content_hash': content.hexdigest(), 'files': files}
     save_whole(out/MANIFEST, lambda f: f.write(json.dumps(manifest, indent=1).encode()), 10_000)
 
