@@ -56,6 +56,7 @@ def test_ham10000_is_complete():
         "duplicate_id": 0,
         "unknown_label": 0,
         "missing_file": 0,
+        "repeated": 0,
         "unreadable": 0,
         "without_lesion": 0,
     }
