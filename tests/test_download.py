@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         wrong = server.script[path].pop(0) if server.script.get(path) else "nothing"
         body, version = server.files[path], server.versions.get(path, '"1"')
         if isinstance(wrong, int):
-            return self.answer(wrong, b"no")
+            return self.answer(wrong, b"no", 2)
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         if wrong != "ignore If-Range" and self.headers.get("If-Range") != version or wrong == "ignore Range":
             start = 0
@@ -54,15 +54,15 @@ class Handler(BaseHTTPRequestHandler):
         if wrong == "corrupt":
             rest = rest[:-9] + b"corrupted"
         length = {"long": len(rest) + 1000, "short": len(rest) // 2}.get(wrong, len(rest))
-        sent = len(rest) // 2 if wrong == "cut" else min(length, len(rest))
-        self.answer(206 if start else 200, rest[:sent], length, headers)
+        sent = len(rest) // 2 if wrong in ("cut", "no length") else min(length, len(rest))
+        self.answer(206 if start else 200, rest[:sent], None if wrong == "no length" else length, headers)
 
-    def answer(self, status, body, length=None, headers=None):
+    def answer(self, status, body, length, headers=None):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        length = len(body) if length is None else length
-        self.send_header("Content-Length", str(length))
+        if length is not None:
+            self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(body)
         self.server.sent += len(body)
@@ -177,6 +177,15 @@ def test_a_length_that_is_a_lie(server, tmp_path):
     assert not list(tmp_path.rglob("a.csv")) and not list(tmp_path.rglob("a.jpg*"))
 
 
+def test_a_server_that_does_not_say_the_length(server, tmp_path):
+    server.script["/a.csv"] = ["no length"]
+    with pytest.raises(ValueError, match="does not say how long a.csv is"):
+        get(server, tmp_path)
+    server.script["/a.csv"] = ["no length"]  # it hangs up in the middle, which looks like the end
+    get(server, tmp_path, a_csv(server, size=len(BODY)))
+    assert (tmp_path / "a.csv").read_bytes() == BODY and len(server.requests) == 3
+
+
 def test_corrupt_bytes_are_fetched_once_more_and_never_kept(server, tmp_path):
     file = a_csv(server, checksum=md5(BODY))
     server.script["/a.csv"] = ["corrupt"]
@@ -221,6 +230,13 @@ def test_files_come_side_by_side_with_plain_lines_and_a_failure_keeps_the_others
     get(server, tmp_path, *files)
     assert all((tmp_path / n).read_bytes() == BODY for n in names)
     assert "3.csv: 0.7 of 0.7 MB" in capsys.readouterr().out.splitlines()
+
+
+def test_a_failure_ends_the_patience_of_the_others(server, tmp_path):
+    server.script = {"/a.csv": [503], "/b.csv": [404]}
+    server.files["/b.csv"] = BODY
+    with pytest.raises(ValueError, match="404"):
+        download_files([a_csv(server), RemoteFile("b.csv", server.url + "/b.csv")], tmp_path, wait=1000)
 
 
 def test_one_download_at_a_time_into_a_folder(server, tmp_path):

@@ -1,5 +1,6 @@
 """Folders to S3 and back, against moto: what is sent, how it is encrypted, what is not sent again."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -96,11 +97,13 @@ def test_a_changed_file_is_sent_again_also_one_of_the_same_size(aws, folder):
     picture.write_bytes(bytes(1000))
     assert aws.upload(folder) == (1, 2) and aws.count("PutObject") == 1
     picture.write_bytes(bytes(999))
-    assert aws.upload(folder) == (1, 2)
+    assert aws.upload(folder) == (1, 2) and aws.count("HeadObject") == 2
     key = f"{PREFIX}/HAM10000_images_part_1/ISIC_1.jpg"
     assert aws.s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == bytes(999)
-    aws.s3.put_object(Bucket=BUCKET, Key=key, Body=bytes(999))  # without encryption and hash
-    assert aws.upload(folder) == (1, 2)
+    stored = {"sha256": hashlib.sha256(bytes(999)).hexdigest()}
+    for plain in ({"Metadata": stored}, {"ServerSideEncryption": "aws:kms"}):  # not encrypted, or of unknown content
+        aws.s3.put_object(Bucket=BUCKET, Key=key, Body=bytes(999), **plain)
+        assert aws.upload(folder) == (1, 2)
 
 
 def test_an_interrupted_upload_goes_on(aws, folder, monkeypatch):
@@ -164,16 +167,17 @@ def test_what_was_sent_comes_back_and_is_not_fetched_twice(aws, folder, tmp_path
 
 def test_the_copy_follows_the_bucket(aws, folder, tmp_path):
     aws.upload(folder)
+    aws.s3.put_object(Bucket=BUCKET, Key=f"{PREFIX}_old/a.jpg", Body=b"of another prefix")
+    other = aws.fetch(tmp_path / "cache", f"{ADDRESS}_old")
     here = aws.fetch(tmp_path / "cache")
     picture = "HAM10000_images_part_1/ISIC_1.jpg"
     aws.s3.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{picture}", Body=bytes(1000))  # the same size, the same second
     aws.s3.delete_object(Bucket=BUCKET, Key=f"{PREFIX}/HAM10000_images_part_1/ISIC_2.jpg")
-    aws.s3.put_object(Bucket=BUCKET, Key=f"{PREFIX}_old/a.jpg", Body=b"of another prefix")
     (here / "HAM10000_metadata.csv").write_text("damaged here")
     aws.fetch(tmp_path / "cache")
     assert aws.count("GetObject") == 2
     assert (here / picture).read_bytes() == bytes(1000)
-    assert sorted(content(here)) == [picture, "HAM10000_metadata.csv"]
+    assert sorted(content(here)) == [picture, "HAM10000_metadata.csv"] and (other / "a.jpg").exists()
     assert (here / "HAM10000_metadata.csv").read_bytes() == (folder / "HAM10000_metadata.csv").read_bytes()
 
 

@@ -65,7 +65,8 @@ def local_files(
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith('.'))
         for path in (Path(root)/name for name in [*folders, *sorted(files)] if not name.startswith('.')):
-            if path.is_symlink(): raise ValueError(f'{path} is a link; only files that lie in the folder are uploaded; replace it by what it names')
+            if path.is_symlink():
+                raise ValueError(f'{path} is a link; only files that lie in the folder are uploaded; replace it by what it names')
             if path.is_file(): found[path.relative_to(folder).as_posix()] = path
             elif not path.is_dir(): raise ValueError(f'{path} is no file; only files are uploaded; take it away')
     if not found: raise ValueError(f'{folder} holds no file; name the folder of a data set')
@@ -101,15 +102,16 @@ def upload(
 ) -> tuple[int, int]:  # files that were sent, and that were there
     "Brings a folder to `s3://bucket/prefix`. Raises `ValueError` for a link in it and for what AWS refuses."
     files, prefix = local_files(folder), prefix.strip('/')
-    place, sent = f's3://{bucket}/{prefix}', 0
-    with _readable(place), tqdm(total=sum(p.stat().st_size for p in files.values()), unit='B', unit_scale=True, desc='upload', disable=None) as bar:
+    place, total, sent = f's3://{bucket}/{prefix}', sum(p.stat().st_size for p in files.values()), 0
+    with _readable(place), tqdm(total=total, unit='B', unit_scale=True, desc='upload', disable=None) as bar:
         def tell(n):
             with bar.get_lock(): bar.update(n)
         listed = _listed(s3, bucket, prefix)
         work = [(s3, bucket, f'{prefix}/{name}'.lstrip('/'), path, listed, kms_key, tell) for name, path in files.items()]
         for n, new in enumerate(_side_by_side(_send, work), 1):
             sent += new
-            if bar.disable and (n % 1000 == 0 or n == len(files)): print(f'{place}: {n:,} of {len(files):,} files, {sent:,} of them sent', flush=True)
+            if bar.disable and (n % 1000 == 0 or n == len(files)):
+                print(f'{place}: {n:,} of {len(files):,} files, {sent:,} of them sent', flush=True)
     return sent, len(files) - sent
 
 # %% ../../nbs/cloud/04_upload.ipynb #63426ca0
@@ -132,7 +134,8 @@ def _read_index(path: Path) -> dict[str, list]:
 
 
 def _state(path: Path, listed: dict) -> list | None:
-    return [listed['ETag'], listed['Size'], path.stat().st_mtime_ns] if path.is_file() and path.stat().st_size == listed['Size'] else None
+    if not path.is_file() or path.stat().st_size != listed['Size']: return None
+    return [listed['ETag'], listed['Size'], path.stat().st_mtime_ns]
 
 
 def _get(s3, bucket: str, listed: dict, path: Path, tell: Callable) -> tuple[dict, Path]:
@@ -165,7 +168,9 @@ def fetch(
         with tqdm(total=sum(o['Size'] for o in todo), unit='B', unit_scale=True, desc='fetch', disable=None) as bar:
             def tell(n):
                 with bar.get_lock(): bar.update(n)
-            for n, (o, path) in enumerate(_side_by_side(_get, [(s3, bucket, o, cache/bucket/o['Key'], tell) for o in todo]), 1):
+            work = [(s3, bucket, o, cache/bucket/o['Key'], tell) for o in todo]
+            for n, (o, path) in enumerate(_side_by_side(_get, work), 1):
                 note(o['Key'], _state(path, o))
-                if bar.disable and (n % 1000 == 0 or n == len(todo)): print(f'{address}: {n:,} of {len(todo):,} files fetched', flush=True)
+                if bar.disable and (n % 1000 == 0 or n == len(todo)):
+                    print(f'{address}: {n:,} of {len(todo):,} files fetched', flush=True)
     return cache/bucket/prefix

@@ -138,7 +138,8 @@ def _arrived(part: Path, url: str) -> tuple[int, dict]:
 def _is_rest(answer, have: int, origin: dict) -> bool:
     "Whether a 206 holds the rest that was asked for, of the version that the part is of."
     found = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', answer.headers.get('Content-Range', ''))
-    return bool(have and found and (int(found[1]), int(found[2])) == (have, origin['size'])) and _mark(answer) in (None, origin['mark'])
+    fits = have and found and (int(found[1]), int(found[2])) == (have, origin['size'])
+    return bool(fits) and _mark(answer) in (None, origin['mark'])
 
 
 def _size(path: Path) -> int: return path.stat().st_size if path.exists() else 0
@@ -174,7 +175,7 @@ def _receive(
         _check_status(answer, file.url)
         start, length = (have, origin['size']) if answer.status_code == 206 else (0, answer.headers.get('Content-Length'))
         size = int(length) if str(length).isdigit() else file.size
-        if size is None: raise ValueError(f'{file.url} does not say how long {file.name} is; its length must be known to be checked')
+        if size is None: raise ValueError(f'{file.url} does not say how long {file.name} is; it must, to be checked; try later')
         if file.size not in (None, size):
             raise ValueError(f'{file.url} announces {size:,} bytes; {file.name} must have {file.size:,}; the publisher has changed '
                              'it, or something on the way answers in its place')
@@ -265,8 +266,8 @@ def members(
             raise ValueError(f'{name}: {info.orig_filename!r} {reason}; nothing of it was unpacked; do not trust this archive')
     total, length = sum(i.file_size for i in infos), os.stat(archive.filename).st_size
     if len(infos) > MEMBERS or total > RATIO*length + 1_000_000:
-        raise ValueError(f'{name} holds {len(infos):,} files of {total:,} bytes in {length:,}; at most {MEMBERS:,} files and {RATIO} times '
-                         'its length are unpacked; do not trust this archive')
+        raise ValueError(f'{name} holds {len(infos):,} files of {total:,} bytes in {length:,}; at most {MEMBERS:,} files and '
+                         f'{RATIO} times its length are unpacked; do not trust this archive')
     wanted = [i for i in infos if i.filename.lower().endswith(ENDINGS) and '__MACOSX' not in i.filename]
     found = {i.filename if i.filename.startswith(f'{stem}/') else f'{stem}/{i.filename}': i for i in wanted}
     if len({path.lower() for path in found}) < len(wanted):
@@ -348,7 +349,8 @@ def _alone(work: Path) -> Iterator[None]:
     "Holds the folder; `RuntimeError` if another download does."
     with open(work/'lock', 'w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise RuntimeError(f'another download into {work.parent} is running; wait for it, or stop it') from None
+        except BlockingIOError:
+            raise RuntimeError(f'another download into {work.parent} is running; wait for it, or stop it') from None
         yield
 
 
@@ -401,7 +403,8 @@ def download_dataset(
     "Downloads a data set and reads its tables; `ValueError` without the licence accepted, and for `download_files`' reasons."
     print(licence_text(name), flush=True)
     if not accept_licence:
-        raise ValueError(f"the licence of {about(name)['title']} must be accepted before it is downloaded; read it, and give --accept-license")
+        raise ValueError(f"the licence of {about(name)['title']} must be accepted before it is downloaded; "
+                         'read it, and give --accept-license')
     download_files(remote_files(name) if files is None else files, folder)
     accounting = read_dataset(name, folder)[1]
     account_error(accounting)
