@@ -28,7 +28,7 @@ def load_definition(
 # %% ../../nbs/execution/08_local.ipynb #42e64105
 def data_folder(
     dataset: str,            # a name of the catalog
-    given: Path | None,      # --data-dir
+    given: str | Path | None,  # --data-dir, a folder or an s3:// address
 ) -> Path:
     "The folder of a data set's files. Raises `ValueError` with the remedy for an unknown name or a missing folder."
     from skin_lesion.data.catalog import about   # a second to import, and a resumed run needs no data set
@@ -36,7 +36,10 @@ def data_folder(
     if given is None and dataset == 'sample':
         from skin_lesion.data.sample import write_sample   # draws with OpenCV, which no other data set needs here
         return write_sample(Path('data/raw/sample'))
-    folder = given or Path('data/raw')/dataset
+    if str(given).startswith('s3://'):
+        from skin_lesion.cloud.upload import fetch   # only then is S3 needed
+        given = fetch(given)
+    folder = Path(given or f'data/raw/{dataset}')
     if not folder.is_dir():
         raise ValueError(f'The folder {folder} of the data set {dataset} is not there. Name the folder with --data-dir.')
     return folder
@@ -56,7 +59,7 @@ def run_parameters(
 def run_locally(
     pipeline: str,                  # a compiled definition's name
     settings: dict[str, Setting],
-    data_dir: Path | None = None,   # folder of the downloaded data set
+    data_dir: str | Path | None = None,   # folder of the downloaded data set, or its s3:// address
     resume: str | None = None,      # a run's id or 'latest'
 ) -> int:                           # exit code
     "Runs or continues a pipeline on this machine and writes its report."
