@@ -7,7 +7,7 @@ import pytest
 
 from skin_lesion.data.catalog import TABLE, account_counts, read_dataset
 from skin_lesion.data.combine import drop_copies, image_key, merge_tables, read_datasets
-from skin_lesion.data.duplicates import near_duplicates, similarity
+from skin_lesion.data.duplicates import near_duplicates
 from skin_lesion.data.sample import write_sample
 from skin_lesion.data.shards import Shards, drop_unreadable, pack_images, write_shards
 from skin_lesion.data.splits import PARTS, check_proof, prove_split, split_table
@@ -78,9 +78,9 @@ def test_a_photograph_under_two_names_is_counted_once(tmp_path):
     packed = pack_images(table, tmp_path / "raw", 64, tmp_path / "work")
     table, prints, accounting = drop_unreadable(table, packed, accounting, False)
     pairs = near_duplicates(prints)
-    table, pairs, alike, accounting = drop_copies(table, pairs, similarity(prints, pairs), accounting)
+    table, prints, pairs, accounting = drop_copies(table, prints, pairs, accounting)
     assert len(table) == len(drawn) == account_counts(accounting)["kept"]
-    assert len(alike) == len(pairs) and pairs.max(initial=0) < len(table)
+    assert len(prints) == len(table) and pairs.max(initial=0) < len(table)
     assert set(table.dataset[table.image_id.isin(chosen.image_id)]) == {"isic2019"}
     assert table.lesion_id.nunique() == drawn.lesion_id.nunique(), "the other pictures of its lesion go with it"
     TABLE.validate(table)

@@ -13,9 +13,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .catalog import TABLE, find_images, names_in, read_dataset
+from .duplicates import similarity
 
 # %% auto #0
-__all__ = ['AUTHORITY', 'SAME', 'image_key', 'join_lesions', 'merge_tables', 'read_datasets', 'drop_copies']
+__all__ = ['AUTHORITY', 'image_key', 'join_lesions', 'merge_tables', 'read_datasets', 'drop_copies']
 
 # %% ../../nbs/data/01a_combine.ipynb #c0b10006
 AUTHORITY = ('isic2019', 'bcn20000', 'ham10000')
@@ -72,22 +73,24 @@ def read_datasets(
         'kept': len(table), 'repeated': repeated, 'without_lesion': [i for i in total['without_lesion'] if i not in set(repeated)]}
 
 # %% ../../nbs/data/01a_combine.ipynb #c0b1000d
-SAME = .99  # of the similarity of two fingerprints
-
-
 def drop_copies(
     table: pd.DataFrame,
-    pairs: np.ndarray,  # (P, 2), positions of near-duplicates
-    alike: np.ndarray,  # (P,), their similarity
-    accounting: dict,   # of `read_datasets`
+    prints: np.ndarray,  # (N, F), the fingerprints of its rows
+    pairs: np.ndarray,   # (P, 2), positions of near-duplicates
+    accounting: dict,    # of `read_datasets`
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, dict]:  # the same, without the copies
     "Counts a photograph that two data sets have under two names once; what it was joined with stays joined."
     rank = table.dataset.map({n: i for i, n in enumerate(AUTHORITY)}).to_numpy()
-    first, second = pairs[alike > SAME].T
-    gone = np.zeros(len(table), bool)
-    gone[first[rank[first] > rank[second]]] = gone[second[rank[second] > rank[first]]] = True
-    table = table.assign(lesion_id=join_lesions(table.lesion_id, pairs[gone[pairs].any(axis=1)]))
-    stay, ids = ~gone[pairs].any(axis=1), table.image_id[gone].tolist()
+    across = pairs[rank[pairs[:, 0]] != rank[pairs[:, 1]]]
+    gone, has_copy = np.zeros(len(table), bool), set()
+    for pair in across[np.argsort(-similarity(prints, across), kind='stable')]:
+        stays, copy = sorted(pair, key=lambda row: rank[row])
+        if gone[copy] or (stays, rank[copy]) in has_copy: continue
+        gone[copy] = True
+        has_copy.add((stays, rank[copy]))
+    lost = gone[pairs].any(axis=1)
+    ids = table.image_id[gone].tolist()
+    table = table.assign(lesion_id=join_lesions(table.lesion_id, pairs[lost]))[~gone].reset_index(drop=True)
     accounting = accounting | {'kept': accounting['kept'] - len(ids), 'repeated': accounting['repeated'] + ids,
                                'without_lesion': [i for i in accounting['without_lesion'] if i not in set(ids)]}
-    return table[~gone].reset_index(drop=True), (np.cumsum(~gone) - 1)[pairs[stay]], alike[stay], accounting
+    return table, prints[~gone], (np.cumsum(~gone) - 1)[pairs[~lost]], accounting

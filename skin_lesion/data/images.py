@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -13,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'ImageError', 'decode', 'to_square', 'load_square']
+__all__ = ['FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'ImageError', 'decode', 'to_square', 'load_square', 'read_squares']
 
 # %% ../../nbs/data/02_images.ipynb #0982d0d0
 FORMATS = ('JPEG', 'PNG')
@@ -120,3 +122,21 @@ def load_square(
 ) -> np.ndarray:  # (S, S, 3), uint8, RGB
     "`decode` and `to_square`: what a model sees of a file; `ImageError` as from `decode`."
     return to_square(decode(src, square=size), size)
+
+# %% ../../nbs/data/02_images.ipynb #d2e8f1a6
+def read_squares(
+    files: list[Path],
+    size: int,  # S, pixels
+    chunk: int = 64,  # pictures held in memory
+) -> Iterator[tuple[list[Path], np.ndarray, list[str]]]:  # a chunk's readable files, their (n, S, S, 3) uint8, the reasons of the others
+    "The squares of picture files, in their order."
+    def read(file):
+        try: return load_square(file, size)
+        except ImageError as error: return error
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), chunk):
+            these = files[start:start + chunk]
+            found = list(zip(these, pool.map(read, these)))
+            good = [(file, image) for file, image in found if not isinstance(image, ImageError)]
+            images = np.stack([image for _, image in good]) if good else np.zeros((0, size, size, 3), np.uint8)
+            yield [file for file, _ in good], images, [str(error) for _, error in found if isinstance(error, ImageError)]

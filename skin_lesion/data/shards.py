@@ -20,7 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .catalog import about, classes_of
-from .duplicates import fingerprint
+from .duplicates import SIDE, fingerprint
 from .images import ImageError, load_square
 
 # %% auto #0
@@ -66,7 +66,7 @@ class Packed:
     dataset: str  # of the table; several with commas between them
     image_ids: list[str]  # in the order of the table
     chunks: list[Path]  # .npy of (CHUNK, size, size, 3), uint8; the last one is shorter
-    fingerprints: np.ndarray  # (N, 256), float32
+    fingerprints: np.ndarray  # (N, 4096), uint8, of `fingerprint`
     unreadable: dict[str, str]  # image_id -> reason; its pixels and fingerprint are zero
 
     def squares(self, image_ids: list[str]) -> np.ndarray:  # (n, S, S, 3), uint8
@@ -133,7 +133,7 @@ def pack_images(
     work.mkdir(parents=True, exist_ok=True)
     there = sum(c.stat().st_size for c in chunks if c.exists())
     check_space(work, len(ids)*size*size*3 - there)
-    prints, unreadable, began = [], {}, time.monotonic()
+    prints, unreadable, began = np.zeros((len(ids), SIDE*SIDE), np.uint8), {}, time.monotonic()
     with ThreadPoolExecutor() as threads, tqdm(total=len(ids), unit='image', desc='decode', disable=None) as bar:
         for start, chunk in zip(starts, chunks):
             these = slice(start, start + CHUNK)
@@ -143,11 +143,11 @@ def pack_images(
                 pixels, reasons = _decode(files[these], size, threads)
                 found = pixels, {ids[start + i]: why for i, why in reasons.items()}
                 _write_chunk(chunk, pixels, {'key': key, 'unreadable': found[1]})
-            prints.append(fingerprint(found[0]))
+            prints[these] = fingerprint(found[0])
             unreadable |= found[1]
             bar.update(len(found[0]))
             if bar.disable: print(f'decoded {start + len(found[0]):,} of {len(ids):,} images, {time.monotonic() - began:.1f} s', flush=True)
-    return Packed(size, ','.join(table.dataset.unique()), ids, chunks, np.concatenate(prints), unreadable)
+    return Packed(size, ','.join(table.dataset.unique()), ids, chunks, prints, unreadable)
 
 # %% ../../nbs/data/06_shards.ipynb #c4101efb
 def drop_unreadable(
@@ -166,7 +166,7 @@ def drop_unreadable(
     stays = ~table.image_id.isin(bad).to_numpy()
     accounting = accounting | {'unreadable': accounting['unreadable'] + list(bad), 'kept': accounting['kept'] - len(bad),
                                'without_lesion': [i for i in accounting['without_lesion'] if i not in bad]}
-    return table[stays].reset_index(drop=True), packed.fingerprints[stays], accounting
+    return table[stays].reset_index(drop=True), packed.fingerprints[stays] if bad else packed.fingerprints, accounting
 
 # %% ../../nbs/data/06_shards.ipynb #4c57adf6
 SHARD = 512  # images in a file; at 128 pixels 25 MB

@@ -8,13 +8,12 @@ __all__ = ['Graph', 'Predictor']
 # %% ../../nbs/serving/02_predictor.ipynb #9e6f05ee
 import json
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-from ..data.images import ImageError, load_square
+from ..data.images import read_squares
 from ..evaluation.calibration import at_prevalence, probabilities
 from .package import pack, unpack
 
@@ -37,9 +36,28 @@ class Graph:
         batch_size: int = 16,     # pictures a run of the graph
     ) -> np.ndarray:              # (N, C), float32
         "Logits in the order of `classes`."
-        parts = [self.session.run(None, {'images': np.ascontiguousarray(images[i:i + batch_size])})[0]
-                 for i in range(0, len(images), batch_size)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)), np.float32)
+        return self._run('logits', images, batch_size) if len(images) else np.zeros((0, len(self.classes)), np.float32)
+
+    def features(self,
+        images: np.ndarray,       # (N, S, S, 3), uint8
+        batch_size: int = 16,     # pictures a run of the graph
+    ) -> np.ndarray:              # (N, D), float32
+        "What the last layer of the network sees."
+        return self._run('features', images, batch_size) if len(images) else np.zeros((0, self.feature_count), np.float32)
+
+    @property
+    def feature_count(self) -> int:
+        "D. Raises `ValueError` for a graph that gives no features."
+        shapes = {output.name: output.shape for output in self.session.get_outputs()}
+        if 'features' not in shapes:
+            raise ValueError('The graph of this model has no output `features`: it was exported by an older version, which gave logits '
+                             'only. Train the model again (`skin-lesion run training`) and use its new package.')
+        return shapes['features'][1]
+
+    def _run(self, output: str, images: np.ndarray, batch_size: int) -> np.ndarray:
+        "One output of the graph, batch by batch."
+        return np.concatenate([self.session.run([output], {'images': np.ascontiguousarray(images[i:i + batch_size])})[0]
+                               for i in range(0, len(images), batch_size)])
 
 # %% ../../nbs/serving/02_predictor.ipynb #b9eb8668
 class Predictor(Graph):
@@ -72,15 +90,9 @@ class Predictor(Graph):
         chunk: int = 64,              # pictures held in memory
     ) -> tuple[list[str], np.ndarray, list[str]]:  # names and (N, C) of those that could be read; reasons of the others
         "Probabilities of picture files, in their order."
-        def read(file):
-            try: return load_square(file, self.image_size)
-            except ImageError as error: return error
         names, parts, refused = [], [np.zeros((0, len(self.classes)))], []
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(files), chunk):
-                read_files = list(zip(files[start:start + chunk], pool.map(read, files[start:start + chunk])))
-                good = [(file, image) for file, image in read_files if not isinstance(image, ImageError)]
-                refused += [str(error) for _, error in read_files if isinstance(error, ImageError)]
-                names += [file.stem for file, _ in good]
-                if good: parts.append(self.probabilities(np.stack([image for _, image in good]), prevalence))
+        for good, images, reasons in read_squares(files, self.image_size, chunk):
+            names += [file.stem for file in good]
+            refused += reasons
+            if good: parts.append(self.probabilities(images, prevalence))
         return names, np.concatenate(parts), refused

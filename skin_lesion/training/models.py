@@ -45,8 +45,14 @@ class Classifier(nn.Module):
         images: Tensor,  # (N, S, S, 3), uint8
     ) -> Tensor:         # (N, C), logits
         "Logits of a batch."
+        return self.net(self.normalise(images))
+
+    def normalise(self,
+        images: Tensor,  # (N, S, S, 3), uint8
+    ) -> Tensor:         # (N, 3, S, S)
+        "What the timm network sees."
         x = (images.to(self.mean.dtype) - self.mean) / self.std
-        return self.net(x.permute(0, 3, 1, 2))
+        return x.permute(0, 3, 1, 2)
 
 # %% ../../nbs/training/01_models.ipynb #05b26899
 def _hub_weights(architecture: str, net: nn.Module) -> dict[str, Tensor]:
@@ -78,20 +84,31 @@ def load_pretrained(
     return model
 
 # %% ../../nbs/training/01_models.ipynb #2c6ecad0
+class _Served(nn.Module):
+    "What the graph computes: logits and, before the last layer, pooled features."
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) and (N, D)
+        maps = self.model.net.forward_features(self.model.normalise(images))
+        return self.model.net.forward_head(maps), self.model.net.forward_head(maps, pre_logits=True)
+
+
 def export_graph(
     model: Classifier,    # trained; put into evaluation mode, float32
     path: Path,           # model.onnx to write, atomically
     images: np.ndarray,   # (N, S, S, 3), uint8, real pictures for the parity test, N at least 2
     tolerance: float = 1e-3,  # largest difference of a logit
 ) -> float:               # the largest difference found
-    "Exports the ONNX graph of uint8 pictures to logits. Raises `RuntimeError` if it and the weights disagree."
+    "Exports the ONNX graph of uint8 pictures to logits and features. Raises `RuntimeError` if it and the weights disagree."
     model = model.cpu().eval()
     images = torch.from_numpy(np.ascontiguousarray(images))
     part = Path(path).with_suffix('.tmp')
-    torch.onnx.export(model, (images[:2],), part, input_names=['images'], output_names=['logits'], verbose=False,
+    torch.onnx.export(_Served(model).eval(), (images[:2],), part, input_names=['images'], output_names=['logits', 'features'], verbose=False,
         dynamic_shapes={'images': {0: torch.export.Dim('n', min=1)}}, external_data=False, dynamo=True)
     with torch.no_grad(): expected = model(images).numpy()
-    got = onnxruntime.InferenceSession(str(part)).run(None, {'images': images.numpy()})[0]
+    got = onnxruntime.InferenceSession(str(part)).run(['logits'], {'images': images.numpy()})[0]
     difference = float(np.abs(got - expected).max())
     if not difference <= tolerance:
         part.unlink()
