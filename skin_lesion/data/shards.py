@@ -244,7 +244,7 @@ class Shards:
         self.image_size, self.content_hash = manifest['image_size'], manifest['content_hash']
         self.dataset, self.classes, self.synthetic = manifest['dataset'], manifest['classes'], manifest['synthetic']
         self.rows = pd.read_parquet(self.folder/ROWS)
-        self._files = [np.load(self.folder/n, mmap_mode='r') for n in manifest['files'] if n != ROWS]
+        self._files = [np.asarray(np.load(self.folder/n, mmap_mode='r')) for n in manifest['files'] if n != ROWS]
         self._all = np.arange(manifest['count'])
         if verify: self._verify()
 
@@ -260,5 +260,5 @@ class Shards:
         shard, row = np.divmod(i, self.manifest['shard'])
         if i.ndim == 0: return np.array(self._files[shard][row])
         pixels = np.empty((len(i), self.image_size, self.image_size, 3), np.uint8)
-        for n in np.unique(shard): pixels[shard == n] = self._files[n][row[shard == n]]
+        for picture, n, k in zip(pixels, shard, row): picture[...] = self._files[n][k]
         return pixels

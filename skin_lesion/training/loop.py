@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.std import tqdm
 
-from ..data.augment import augment_batch
+from ..data.augment import augment_batch, draw
 from ..data.shards import Shards
 from .imbalance import class_shares, epoch_order, imbalance_loss
 
@@ -116,17 +117,20 @@ def batches(
     first: int = 0,           # batches already done
     rank: int = 0, world: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (n, S, S, 3) uint8 and (n,) int64
-    "Augmented batches of one epoch, one batch ahead."
+    "Augmented batches of one epoch, two batches ahead, made by as many threads as torch has."
+    draws = draw(len(images), seed)
     def make(start):
         rows = order[start:start + batch_size][rank::world]
-        return torch.from_numpy(augment_batch(images[rows], rows, seed, pool)), torch.from_numpy(labels[rows])
+        pixels = torch.empty(len(rows), images.image_size, images.image_size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        augment_batch(images[rows], draws[rows], pool, out=pixels.numpy())
+        return pixels, torch.from_numpy(labels[rows])
     starts = range(first * batch_size, max(len(order) // batch_size, 1) * batch_size, batch_size)
-    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as ahead:
-        pending = ahead.submit(make, starts[0]) if starts else None
+    pending = deque()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool, ThreadPoolExecutor(2) as ahead:
         for start in starts:
-            batch = pending.result()
-            if start != starts[-1]: pending = ahead.submit(make, start + batch_size)
-            yield batch
+            pending.append(ahead.submit(make, start))
+            if len(pending) > 2: yield pending.popleft().result()
+        while pending: yield pending.popleft().result()
 
 # %% ../../nbs/training/03_loop.ipynb #d618fe23
 def predict_logits(
@@ -204,7 +208,7 @@ def train(
                 update = epoch * epoch_updates + done
                 torch.manual_seed(recipe.seed * 1_000_003 + update * world + rank)   # dropout
                 schedule.step_update(update)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): logits = wrapped(images.to(device))
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): logits = wrapped(images.to(device, non_blocking=True))
                 loss = imbalance_loss(logits.float(), truth.to(device), share_tensor.to(device), recipe.imbalance)
                 optimizer.zero_grad()
                 loss.backward()
