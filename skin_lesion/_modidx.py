@@ -175,6 +175,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'skin_lesion/data/shards.py'),
                                          'skin_lesion.data.shards.Shards._verify': ( 'data/shards.html#shards._verify',
                                                                                      'skin_lesion/data/shards.py'),
+                                         'skin_lesion.data.shards.Shards.mapped': ( 'data/shards.html#shards.mapped',
+                                                                                    'skin_lesion/data/shards.py'),
                                          'skin_lesion.data.shards._chunk_key': ( 'data/shards.html#_chunk_key',
                                                                                  'skin_lesion/data/shards.py'),
                                          'skin_lesion.data.shards._clear': ('data/shards.html#_clear', 'skin_lesion/data/shards.py'),

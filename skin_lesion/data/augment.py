@@ -28,13 +28,14 @@ def draw(
 def _warps(
     draws: np.ndarray,  # (N, DRAWS)
     size: int,          # pixels
+    frame: int,         # pixels around the picture that is warped
 ) -> np.ndarray:        # (N, 2, 3)
     "Where each picture's points go: turned, flipped, zoomed about the centre, and shifted."
     angle, zoom, flip = np.pi * draws[:, 0], np.exp(0.25 * draws[:, 1]), np.where(draws[:, 2] < 0, -1, 1)
     cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
     linear = np.stack([cos * flip, -sin, sin * flip, cos], axis=1).reshape(-1, 2, 2)
     centre = (size - 1) / 2
-    shift = centre - centre * linear.sum(2) + 0.1 * size * draws[:, 3:5]
+    shift = centre - (centre + frame) * linear.sum(2) + 0.1 * size * draws[:, 3:5]
     return np.concatenate([linear, shift[:, :, None]], axis=2)
 
 # %% ../../nbs/data/07_augment.ipynb #7c15be82
@@ -53,17 +54,20 @@ def _colours(
 
 # %% ../../nbs/data/07_augment.ipynb #383b56ce
 def augment_batch(
-    images: np.ndarray,       # (N, S, S, 3), uint8
+    images: np.ndarray | list[np.ndarray],  # N of (S, S, 3), uint8
     draws: np.ndarray,        # (N, DRAWS), the rows of `draw` that belong to the pictures
     pool: ThreadPoolExecutor | None = None,
-    out: np.ndarray | None = None,  # like images, to write to
+    out: np.ndarray | None = None,  # (N, S, S, 3), to write to
 ) -> np.ndarray:              # (N, S, S, 3), uint8
     "The pictures, each changed by its own draws."
-    out, size, together = np.empty_like(images) if out is None else out, images.shape[1], 8
-    warps, colours = _warps(draws, size), _colours(draws)
+    size, mirror, together = images[0].shape[0], cv2.BORDER_REFLECT_101, 8
+    if out is None: out = np.empty((len(images), size, size, 3), np.uint8)
+    frame = size // 4
+    warps, colours = _warps(draws, size, frame), _colours(draws)
     def some(first):
         for i in range(first, min(first + together, len(images))):
-            warped = cv2.warpAffine(images[i], warps[i], (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+            framed = cv2.copyMakeBorder(images[i], frame, frame, frame, frame, mirror)
+            warped = cv2.warpAffine(framed, warps[i], (size, size), flags=cv2.INTER_LINEAR, borderMode=mirror)
             cv2.transform(warped, colours[i], dst=out[i])
     list((pool.map if pool else map)(some, range(0, len(images), together)))
     return out

@@ -255,10 +255,13 @@ class Shards:
 
     def __len__(self) -> int: return len(self._all)
 
+    def mapped(self, rows: np.ndarray) -> list[np.ndarray]:
+        "The pictures of these rows where they lie in the mapped files: not copied, and not to be written to."
+        return [self._files[n][k] for n, k in zip(*np.divmod(rows, self.manifest['shard']))]
+
     def __getitem__(self, i) -> np.ndarray:
         i = self._all[i]  # NumPy's own rules for negative numbers, slices, masks, and what is out of range
-        shard, row = np.divmod(i, self.manifest['shard'])
-        if i.ndim == 0: return np.array(self._files[shard][row])
+        if i.ndim == 0: return np.array(self.mapped(i[None])[0])
         pixels = np.empty((len(i), self.image_size, self.image_size, 3), np.uint8)
-        for picture, n, k in zip(pixels, shard, row): picture[...] = self._files[n][k]
+        for copy, picture in zip(pixels, self.mapped(i)): copy[...] = picture
         return pixels

@@ -122,7 +122,7 @@ def batches(
     def make(start):
         rows = order[start:start + batch_size][rank::world]
         pixels = torch.empty(len(rows), images.image_size, images.image_size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        augment_batch(images[rows], draws[rows], pool, out=pixels.numpy())
+        augment_batch(images.mapped(rows), draws[rows], pool, out=pixels.numpy())
         return pixels, torch.from_numpy(labels[rows])
     starts = range(first * batch_size, max(len(order) // batch_size, 1) * batch_size, batch_size)
     pending = deque()
