@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: .venv/installed  ## the environment, from requirements.lock, into .venv
 
@@ -28,6 +28,9 @@ notebooks: install  ## executes every notebook
 bench: install  ## the long checks, and the figures under bench/
 	pytest -m slow --timeout 5400 -s
 
+bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; figures under bench/
+	pytest tests/test_bench_training.py -m slow -s
+
 lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
 	ruff check pipelines tests nbs
 	ruff format --check pipelines tests
@@ -46,5 +49,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench lint readme hooks lock
+.PHONY: help install run test notebooks bench bench-training lint readme hooks lock
 .DEFAULT_GOAL := help

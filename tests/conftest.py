@@ -1,6 +1,8 @@
 """What the tests share: a copy of the project that they may edit, the real pictures, and one small run of the pipeline."""
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,21 @@ def shared_data():
     if not DATA.is_dir():
         pytest.skip("the real pictures (../shared/data) are not on this machine")
     return DATA
+
+
+def keep(name, figures):
+    """Prints the figures and writes them, with what they were measured on, to bench/NAME.json."""
+    import torch  # here, because most tests do without
+
+    from skin_lesion.training.provenance import git_commit
+
+    cpu = next(
+        (line.split(": ")[1] for line in open("/proc/cpuinfo") if "model name" in line), platform.processor()
+    ).strip()
+    machine = {"processor": cpu, "threads": torch.get_num_threads()}
+    text = json.dumps({"figures": figures, "commit": git_commit(), "machine": machine}, indent=1)
+    (ROOT / "bench" / f"{name}.json").write_text(text + "\n")
+    print(f"\n{name}: {json.dumps(figures, indent=1)}")
 
 
 class Project:

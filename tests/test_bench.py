@@ -1,7 +1,6 @@
 """Figures that take minutes: `make bench` runs them on an otherwise idle machine and keeps them as JSON under bench/."""
 
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import keep
 from sklearn.metrics import balanced_accuracy_score
 from test_definition import definition, processing
 from test_duplicates import COPIES, HARD, plant
@@ -24,20 +23,8 @@ from skin_lesion.execution.engine import run
 from skin_lesion.training.imbalance import IMBALANCE, class_shares
 from skin_lesion.training.loop import Recipe, predict_logits, train
 from skin_lesion.training.models import Classifier, load_pretrained
-from skin_lesion.training.provenance import git_commit
 
 pytestmark = pytest.mark.slow
-
-
-def keep(name, figures):
-    """Prints the figures and writes them, with what they were measured on, to bench/NAME.json."""
-    cpu = next(
-        (line.split(": ")[1] for line in open("/proc/cpuinfo") if "model name" in line), platform.processor()
-    ).strip()
-    machine = {"processor": cpu, "threads": torch.get_num_threads()}
-    text = json.dumps({"figures": figures, "commit": git_commit(), "machine": machine}, indent=1)
-    (ROOT / "bench" / f"{name}.json").write_text(text + "\n")
-    print(f"\n{name}: {json.dumps(figures, indent=1)}")
 
 
 def test_engine_and_papermill_cost_at_most_two_and_a_half_seconds_a_step(tmp_path):

@@ -244,7 +244,7 @@ class Shards:
         self.image_size, self.content_hash = manifest['image_size'], manifest['content_hash']
         self.dataset, self.classes, self.synthetic = manifest['dataset'], manifest['classes'], manifest['synthetic']
         self.rows = pd.read_parquet(self.folder/ROWS)
-        self._files = [np.load(self.folder/n, mmap_mode='r') for n in manifest['files'] if n != ROWS]
+        self._files = [np.asarray(np.load(self.folder/n, mmap_mode='r')) for n in manifest['files'] if n != ROWS]
         self._all = np.arange(manifest['count'])
         if verify: self._verify()
 
@@ -255,10 +255,13 @@ class Shards:
 
     def __len__(self) -> int: return len(self._all)
 
+    def mapped(self, rows: np.ndarray) -> list[np.ndarray]:
+        "The pictures of these rows where they lie in the mapped files: not copied, and not to be written to."
+        return [self._files[n][k] for n, k in zip(*np.divmod(rows, self.manifest['shard']))]
+
     def __getitem__(self, i) -> np.ndarray:
         i = self._all[i]  # NumPy's own rules for negative numbers, slices, masks, and what is out of range
-        shard, row = np.divmod(i, self.manifest['shard'])
-        if i.ndim == 0: return np.array(self._files[shard][row])
+        if i.ndim == 0: return np.array(self.mapped(i[None])[0])
         pixels = np.empty((len(i), self.image_size, self.image_size, 3), np.uint8)
-        for n in np.unique(shard): pixels[shard == n] = self._files[n][row[shard == n]]
+        for copy, picture in zip(pixels, self.mapped(i)): copy[...] = picture
         return pixels

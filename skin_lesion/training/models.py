@@ -30,13 +30,15 @@ class Classifier(nn.Module):
     def __init__(self,
         architecture: str,  # a key of `ARCHITECTURES` or any timm name
         classes: int,       # how many
+        memory_format: torch.memory_format = torch.channels_last,  # of the network's arithmetic
     ):
         super().__init__()
         try: self.net = timm.create_model(ARCHITECTURES.get(architecture, architecture), num_classes=classes, drop_rate=0.2)
         except RuntimeError as error:
             raise ValueError(f'There is no architecture {architecture!r}. Use one of {", ".join(ARCHITECTURES)} '
                              'or a name that timm.list_models() lists.') from error
-        self.net.to(memory_format=torch.channels_last)
+        self.memory_format = memory_format
+        self.net.to(memory_format=memory_format)
         config = self.net.pretrained_cfg
         self.register_buffer('mean', torch.tensor(config['mean']) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(config['std']) * 255, persistent=False)
@@ -52,7 +54,7 @@ class Classifier(nn.Module):
     ) -> Tensor:         # (N, 3, S, S)
         "What the timm network sees."
         x = (images.to(self.mean.dtype) - self.mean) / self.std
-        return x.permute(0, 3, 1, 2)
+        return x.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
 # %% ../../nbs/training/01_models.ipynb #05b26899
 def _hub_weights(architecture: str, net: nn.Module) -> dict[str, Tensor]:
