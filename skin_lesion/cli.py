@@ -22,6 +22,7 @@ class Refusals(click.Group):
     "Turns a refusal (a `ValueError`, a `RuntimeError` or a missing file) into one readable line and an exit code."
     def invoke(self, ctx):
         try: return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort): raise  # of click itself, and RuntimeErrors, too
         except (ValueError, RuntimeError, FileNotFoundError) as error: raise click.ClickException(str(error)) from error
 
 

@@ -3,6 +3,10 @@
 import subprocess
 import time
 
+from click.testing import CliRunner
+
+from skin_lesion.cli import main
+
 
 def test_help_answers_within_a_second(project):
     seconds = []
@@ -19,6 +23,12 @@ def test_help_imports_nothing_heavy(project):
     code += "print([m for m in ('torch', 'sagemaker', 'pandas', 'numpy', 'boto3', 'papermill') if m in sys.modules])"
     done = subprocess.run([project.command()[0], "-c", code], env=project.env, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_help_of_a_command_is_no_refusal():
+    for words in (["run"], ["data"], ["data", "download"]):
+        done = CliRunner().invoke(main, [*words, "--help"])
+        assert done.exit_code == 0 and "Error" not in done.output, done.output
 
 
 def test_settings_say_where_they_come_from(project):
