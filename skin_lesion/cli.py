@@ -84,9 +84,10 @@ def data_list():
 @click.argument('name')
 @click.argument('folder', type=Place(exists=True, file_okay=False, path_type=Path))
 def data_check(name, folder):
-    "Reads the tables of the data set NAME in FOLDER and accounts for every row."
-    from skin_lesion.data.catalog import account_counts, read_dataset
-    table, accounting = read_dataset(name, folder)
+    "Reads the tables of the data set NAME, or of several with commas between them, in FOLDER and accounts for every row."
+    from skin_lesion.data.catalog import account_counts
+    from skin_lesion.data.combine import read_datasets
+    table, accounting = read_datasets(name, folder)
     for reason, count in account_counts(accounting).items(): click.echo(f'{reason:16}{count:8,}')
     click.echo(table.diagnosis.value_counts().to_string())
 
@@ -239,7 +240,7 @@ def compile_(pipeline, out, pairs):
 @main.command('run')
 @click.argument('pipeline')
 @click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
-@click.option('--dataset', help='sample, ham10000, isic2019 or bcn20000 (setting data.dataset).')
+@click.option('--dataset', help='sample, ham10000, isic2019, bcn20000, or several with commas between them (setting data.dataset).')
 @click.option('--data-dir', help='Folder of the downloaded data set, or its s3:// address.')
 @click.option('--allow-missing', is_flag=True, help='Go on although files that the tables name are not there.')
 @set_option
@@ -254,7 +255,8 @@ def run_(pipeline, place, dataset, data_dir, allow_missing, pairs, resume):
         from skin_lesion.cloud import sagemaker
         from skin_lesion.cloud.compile import compile_pipeline
         if resume: raise click.UsageError('--resume continues local runs. On SageMaker, start the pipeline again: finished steps come from its cache.')
-        address = data_dir or f"s3://{loaded['aws.bucket'].value}/raw/{loaded['data.dataset'].value}"
+        names = loaded['data.dataset'].value
+        address = data_dir or f"s3://{loaded['aws.bucket'].value}/raw" + (f'/{names}' if ',' not in names else '')
         if not address.startswith('s3://'): raise click.UsageError(f'--data-dir {address} must be an s3:// address with --on sagemaker.')
         status = sagemaker.run(compile_pipeline(pipeline, loaded), pipeline, {'InputData': address}, loaded)
         sys.exit(0 if status == 'Succeeded' else 1)

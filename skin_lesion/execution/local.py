@@ -27,7 +27,7 @@ def load_definition(
 
 # %% ../../nbs/execution/08_local.ipynb #42e64105
 def data_folder(
-    dataset: str,            # a name of the catalog
+    dataset: str,            # a name of the catalog, or several with commas between them
     given: str | Path | None,  # --data-dir, a folder or an s3:// address
 ) -> Path:
     "The folder of a data set's files. Raises `ValueError` with the remedy for an unknown name or a missing folder."
@@ -39,7 +39,7 @@ def data_folder(
     if str(given).startswith('s3://'):
         from skin_lesion.cloud.upload import fetch   # only then is S3 needed
         given = fetch(given)
-    folder = Path(given or f'data/raw/{dataset}')
+    folder = Path(given or ('data/raw' if ',' in dataset else f'data/raw/{dataset}'))
     if not folder.is_dir():
         raise ValueError(f'The folder {folder} of the data set {dataset} is not there. Name the folder with --data-dir.')
     return folder
