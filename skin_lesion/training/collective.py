@@ -77,7 +77,7 @@ class SharedBatchNorm:
     "Mixed into a BatchNorm layer: normalises by the batch of all processes, which have equally many pictures of it."
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
         if not self.training: return super().forward(x)
-        exact = x.float()
+        exact = x.to(self.weight.dtype)
         here, mean_here = torch.var_mean(exact, (0, 2, 3), correction=0, keepdim=True)
         mean = _MeanOverAll.apply(mean_here)
         var = _MeanOverAll.apply(here + (mean_here - mean)**2)

@@ -181,7 +181,7 @@ def train(
         raise ValueError(f'A batch of {min(recipe.batch_size, len(labels))} pictures cannot be dealt evenly to {world} processes. '
                          f'Set train.batch_size to a multiple of {world}, at most {len(labels)}, or train.processes to another number.')
     model = share_batch_norm(model.to(device))
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model  # the buffers are equal
+    wrapped = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model  # the buffers are equal
     optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     epoch_updates = max(len(labels) // recipe.batch_size, 1)
     schedule = CosineLRScheduler(optimizer, t_initial=recipe.epochs * epoch_updates, warmup_t=recipe.warmup_epochs * epoch_updates,
