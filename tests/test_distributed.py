@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,10 +24,12 @@ from skin_lesion.training.loop import Recipe, predict_logits, train
 from skin_lesion.training.models import Classifier
 
 HOSTS = ["algo-1", "algo-2"]
-ARCHITECTURE, EPOCHS = "test_efficientnet", 12  # with BatchNorm and dropout, as the named ones have
-RECIPE = Recipe(EPOCHS, 16, learning_rate=0.001, optimizer="sgd", warmup_epochs=0, imbalance="weighting", ema_decay=0.5)
-# Sums over two processes round differently from the sum over one. Measured on logits up to 0.3 after 60 updates: TOLD.
-TOLERANCE = 1e-3
+ARCHITECTURE, EPOCHS = "test_efficientnet", 8  # with BatchNorm and dropout, as the named ones have
+RECIPE = Recipe(EPOCHS, 16, learning_rate=1e-4, optimizer="sgd", warmup_epochs=0, imbalance="weighting", ema_decay=0.5)
+# Sums over two processes round otherwise than the sum over one. After 40 updates that makes up to 3e-5 in a loss and 2e-4
+# in a logit of up to 5.5; BatchNorm that saw only its own process's pictures would make 1 and 5. Training amplifies any
+# difference, here tenfold every few epochs at ten times this learning rate, so the bound belongs to this recipe.
+LOSS_TOLERANCE, LOGIT_TOLERANCE = 1e-3, 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +51,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """The network that one process trains."""
+    """The network that one process trains, and its history."""
     parts = [Shards(data / part) for part in ("train", "validation")]
     torch.manual_seed(RECIPE.seed)
     model = Classifier(ARCHITECTURE, 7)
-    train(model, *parts, parts[0].classes, RECIPE, tmp_path_factory.mktemp("alone"), torch.device("cpu"))
-    return model
+    return model, train(model, *parts, parts[0].classes, RECIPE, tmp_path_factory.mktemp("alone"), torch.device("cpu"))
 
 
 class Job:
@@ -115,9 +117,12 @@ def test_two_hosts_stop_together_go_on_and_end_as_one_process_does(data, alone, 
     assert outputs["algo-1"].count("validation_balanced_accuracy=") == EPOCHS - first["epoch"], "one process speaks"
     assert "algo-1 writes the model" in outputs["algo-2"] and not any((job.roots["algo-2"] / "model").glob("*"))
 
+    model, history = alone
+    written = pd.read_csv(job.roots["algo-1"] / "model" / "history.csv")
+    for loss in ("train_loss", "validation_loss"):
+        assert np.abs(written[loss] - history[loss]).max() < LOSS_TOLERANCE
     held, cpu = Shards(data / "validation"), torch.device("cpu")
     trained = Classifier(ARCHITECTURE, 7)
     trained.net.load_state_dict(load_file(job.roots["algo-1"] / "model" / "model.safetensors"))
-    logits = [predict_logits(model, held, cpu, torch.float32) for model in (alone, trained)]
-    print(f"largest difference {np.abs(logits[0] - logits[1]).max():.1e} of logits up to {np.abs(logits[0]).max():.2f}")
-    assert np.abs(logits[0] - logits[1]).max() < TOLERANCE
+    one, two = (predict_logits(network, held, cpu, torch.float32) for network in (model, trained))
+    assert np.abs(one - two).max() < LOGIT_TOLERANCE
