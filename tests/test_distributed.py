@@ -58,6 +58,45 @@ def alone(data, tmp_path_factory):
     return model, train(model, *parts, parts[0].classes, RECIPE, tmp_path_factory.mktemp("alone"), torch.device("cpu"))
 
 
+def address():
+    """A free port, which stands for the first host's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def hold_to_one_process(data, alone, network, written):
+    model, history = alone
+    for loss in ("train_loss", "validation_loss"):
+        assert np.abs(written[loss] - history[loss]).max() < LOSS_TOLERANCE
+    held, cpu = Shards(data / "validation"), torch.device("cpu")
+    one, two = (predict_logits(n, held, cpu, torch.float32) for n in (model, network))
+    assert np.abs(one - two).max() < LOGIT_TOLERANCE
+
+
+HOST = """
+import sys
+from pathlib import Path
+from skin_lesion.training.distributed import launch
+from skin_lesion.training.loop import Recipe
+data, checkpoints, host, hosts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+launch((ARCHITECTURE, False, data / "train", data / "validation", RECIPE, checkpoints), 1, host, hosts, "lo")
+"""
+
+
+def test_two_hosts_train_what_one_process_trains(data, alone, tmp_path):
+    script = HOST.replace("ARCHITECTURE", repr(ARCHITECTURE)).replace("RECIPE", repr(RECIPE))
+    env = os.environ | {"SKIN_LESION_RENDEZVOUS": address(), "OMP_NUM_THREADS": "1"}
+    hosts = [
+        subprocess.Popen([sys.executable, "-c", script, str(data), str(tmp_path / host), host, *HOSTS], env=env)
+        for host in HOSTS
+    ]
+    assert [p.wait(250) for p in hosts] == [0, 0]
+    parts, network = [Shards(data / part) for part in ("train", "validation")], Classifier(ARCHITECTURE, 7)
+    history = train(network, *parts, parts[0].classes, RECIPE, tmp_path / HOSTS[0], torch.device("cpu"))
+    hold_to_one_process(data, alone, network, history)
+
+
 class Job:
     """A training job on two hosts, each with a root of its own."""
 
@@ -73,10 +112,7 @@ class Job:
             (config / "hyperparameters.json").write_text(json.dumps({k: str(v) for k, v in given.items()}))
 
     def start(self) -> dict[str, subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        env = os.environ | {"SKIN_LESION_RENDEZVOUS": address, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        env = os.environ | {"SKIN_LESION_RENDEZVOUS": address(), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", "skin_lesion.execution.step", "train"]
         return {
             host: subprocess.Popen(
@@ -94,7 +130,8 @@ class Job:
         return kept / "checkpoints" / "last.pt"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_hosts_stop_together_go_on_and_end_as_one_process_does(data, alone, tmp_path):
     job = Job(tmp_path, data)
     hosts = job.start()
@@ -117,12 +154,6 @@ def test_two_hosts_stop_together_go_on_and_end_as_one_process_does(data, alone, 
     assert outputs["algo-1"].count("validation_balanced_accuracy=") == EPOCHS - first["epoch"], "one process speaks"
     assert "algo-1 writes the model" in outputs["algo-2"] and not any((job.roots["algo-2"] / "model").glob("*"))
 
-    model, history = alone
-    written = pd.read_csv(job.roots["algo-1"] / "model" / "history.csv")
-    for loss in ("train_loss", "validation_loss"):
-        assert np.abs(written[loss] - history[loss]).max() < LOSS_TOLERANCE
-    held, cpu = Shards(data / "validation"), torch.device("cpu")
     trained = Classifier(ARCHITECTURE, 7)
     trained.net.load_state_dict(load_file(job.roots["algo-1"] / "model" / "model.safetensors"))
-    one, two = (predict_logits(network, held, cpu, torch.float32) for network in (model, trained))
-    assert np.abs(one - two).max() < LOGIT_TOLERANCE
+    hold_to_one_process(data, alone, trained, pd.read_csv(job.roots["algo-1"] / "model" / "history.csv"))

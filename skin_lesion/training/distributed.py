@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..data.shards import Shards
-from .loop import Recipe, Stopped, choose_device, train
+from .loop import Recipe, Stopped, choose_device, train, watch_sigterm
 from .models import Classifier, load_pretrained
 
 # %% ../../nbs/training/05_distributed.ipynb #aa9c58f2
@@ -69,7 +69,8 @@ def launch(
     alone = {'rdzv_backend': 'c10d', 'rdzv_endpoint': 'localhost:0', 'local_addr': 'localhost'}  # any free port
     config = LaunchConfig(len(hosts), len(hosts), processes, run_id='train', max_restarts=0, shutdown_timeout=STOP_SECONDS,
                           signals_to_handle='SIGTERM', **(place if len(hosts) > 1 else alone))
-    try: elastic_launch(config, work)(*arguments, interface)
+    try:
+        with watch_sigterm(): elastic_launch(config, work)(*arguments, interface)  # the agent has a handler of its own and leaves it
     except SignalException: raise Stopped('Told to stop; the checkpoint goes on from there.') from None
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
