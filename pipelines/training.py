@@ -159,7 +159,7 @@ def build(settings) -> Pipeline:
         training_image=image,
         compute=Compute(
             instance_type=training_instance,
-            instance_count=1,
+            instance_count=aws["training_instances"],
             volume_size_in_gb=aws["volume_size"],
             volume_kms_key_id=volume_key["training_instance"],
             enable_managed_spot_training=True,
@@ -178,6 +178,10 @@ def build(settings) -> Pipeline:
         hyperparameters=hyperparameters,
         tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in tags],
     ).with_metric_definitions([MetricDefinition(name=name, regex=f"{name}={NUMBER}") for name in METRICS])
+    # Input mode File, the default, and every host gets all of it. A batch is a draw from the whole training set, of which
+    # each process reads its own pictures: random access to memory-mapped shards, which FastFile's streaming would answer
+    # with one request to S3 a picture. The packed pictures are few bytes (3.8 GB for 25,000 at 224 px) and are copied once.
+    # ShardedByS3Key would tie pictures to hosts, and the batches, and so the result, would depend on their number.
     train = ContainerTrainingStep(
         "train",
         trainer.train(

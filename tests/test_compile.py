@@ -62,7 +62,13 @@ def test_compiling_for_other_settings_leaves_the_process_as_it_was(monkeypatch):
     handlers, level, disabled = logging.root.handlers[:], logging.root.level, logging.root.manager.disable
     # ml.p3 has an EBS volume, to which SageMaker gives our key; the default ml.g5 has a disk of its own, where it takes none
     settings = load_settings(
-        {"train.epochs": "3", "aws.region": "eu-north-1", "aws.training_instance": "ml.p3.2xlarge"}, environ={}
+        {
+            "train.epochs": "3",
+            "aws.region": "eu-north-1",
+            "aws.training_instance": "ml.p3.2xlarge",
+            "aws.training_instances": "2",
+        },
+        environ={},
     )
     definition = json.loads(compile_pipeline("training", settings))
     assert dict(os.environ) == environ and boto3.DEFAULT_SESSION is session
@@ -70,6 +76,7 @@ def test_compiling_for_other_settings_leaves_the_process_as_it_was(monkeypatch):
     assert {"DefaultValue": 3, "Name": "TrainEpochs", "Type": "Integer"} in definition["Parameters"]
     assert unsafe_jobs(definition) == [] and validate(definition) == []
     changed, arguments = change(definition, "train")
+    assert arguments["ResourceConfig"]["InstanceCount"] == 2
     del arguments["ResourceConfig"]["VolumeKmsKeyId"]
     assert unsafe_jobs(changed) == ["train: no KMS key on its volume"]
 
@@ -150,6 +157,8 @@ def test_an_open_processing_job_is_found(definition, step, path, problem):
         (["VpcConfig"], "no private network"),
         (["EnableNetworkIsolation"], "no network isolation"),
         (["EnableInterContainerTrafficEncryption"], "no encryption between containers"),
+        (["CheckpointConfig"], "spot instances without a checkpoint path"),
+        (["CheckpointConfig", "S3Uri"], "spot instances without a checkpoint path"),
     ],
 )
 def test_an_open_training_job_is_found(definition, path, problem):
@@ -158,6 +167,12 @@ def test_an_open_training_job_is_found(definition, path, problem):
         arguments = arguments[key]
     del arguments[path[-1]]
     assert unsafe_jobs(changed) == [f"train: {problem}"]
+
+
+def test_a_job_that_is_not_on_spot_needs_no_checkpoint_path(definition):
+    changed, arguments = change(definition, "train")
+    del arguments["CheckpointConfig"], arguments["EnableManagedSpotTraining"]
+    assert unsafe_jobs(changed) == []
 
 
 def test_retries_are_only_for_what_passes_by_itself(definition):

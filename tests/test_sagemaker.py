@@ -169,3 +169,11 @@ def test_the_command_line_runs_on_sagemaker_with_the_settings_of_the_moment(aws,
     assert {"Name": "InputData", "Value": f"s3://{BUCKET}/raw/ham10000"} in sent
     refused = CliRunner().invoke(main, ["run", "training", "--on", "sagemaker", "--data-dir", "here"])
     assert refused.exit_code == 2 and "s3:// address" in refused.output
+
+
+def test_a_spot_job_without_a_checkpoint_path_is_not_started(aws):
+    unsafe = json.loads(TEXT)
+    del next(s for s in unsafe["Steps"] if s["Name"] == "train")["Arguments"]["CheckpointConfig"]
+    with pytest.raises(ValueError, match="not started: train: spot instances without a checkpoint path"):
+        on_sagemaker.run(json.dumps(unsafe), "training", {}, load_settings(environ={}))
+    assert aws[0].list_pipelines()["PipelineSummaries"] == []

@@ -150,8 +150,8 @@ def validate(
 # %% ../../nbs/cloud/02_compile.ipynb #9a34a8f8
 def unsafe_jobs(
     definition: dict,  # of `compile_pipeline`, parsed
-) -> list[str]:  # what is missing, a line each; empty when all jobs are closed and encrypted
-    "Jobs without KMS key on volume and output, private network, network isolation, or encrypted traffic between containers."
+) -> list[str]:  # what is missing, a line each; empty when all jobs are closed, encrypted, and survive an interruption
+    "Jobs without KMS key on volume and output, private network, network isolation, or encrypted traffic between containers; on spot without checkpoints."
     defaults = {p['Name']: p.get('DefaultValue', '') for p in definition['Parameters']}
     found = []
     for step in each_step(definition['Steps']):
@@ -169,6 +169,8 @@ def unsafe_jobs(
             'no private network': vpc.get('Subnets') and vpc.get('SecurityGroupIds'),
             'no network isolation': network.get('EnableNetworkIsolation') is True,
             'no encryption between containers': network.get('EnableInterContainerTrafficEncryption') is True,
+            'spot instances without a checkpoint path': not arguments.get('EnableManagedSpotTraining')
+                or arguments.get('CheckpointConfig', {}).get('S3Uri'),
         }
         found += [f'{step["Name"]}: {problem}' for problem, passed in checks.items() if not passed]
     return found

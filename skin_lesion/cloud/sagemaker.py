@@ -16,6 +16,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from .compile import unsafe_jobs
+
 # %% ../../nbs/cloud/03_sagemaker.ipynb #6a845f2b
 def clients(
     region: str,  # e.g. eu-west-1
@@ -117,7 +119,8 @@ def run(
     seconds: float = 20,     # between two looks
     echo: Callable = print,  # called with each line
 ) -> str:  # the execution's last status: Succeeded, Failed or Stopped
-    "Upsert a pipeline, start it with the present champion, and follow it. Raises `ValueError` for what AWS refuses."
+    "Upsert a pipeline, start it with the present champion, and follow it. Raises `ValueError` for an unsafe job, and for what AWS refuses."
+    if unsafe := unsafe_jobs(json.loads(definition)): raise ValueError(f'This pipeline is not started: {"; ".join(unsafe)}. Correct pipelines/{pipeline}.py.')
     sagemaker, s3 = clients(settings['aws.region'].value)
     name, defaults = f'skin-lesion-{pipeline}', {p['Name']: p.get('DefaultValue') for p in json.loads(definition)['Parameters']}
     try:

@@ -179,6 +179,8 @@ def _run_job(run: Execution, step: Step) -> None:
         change(run, step.name, Response=found['response'], CacheHitResult=hit, Metadata={f'{step.type}Job': {'Arn': found['response'][arn]}})
         return say(run, step.name, f'as in run {found["source"].split("/")[-1]}, from the cache')
     change(run, step.name, Metadata={f'{step.type}Job': {'Arn': answer[arn]}})
+    machine = arguments.get('ResourceConfig') or arguments.get('ProcessingResources', {}).get('ClusterConfig') or {}
+    if (hosts := machine.get('InstanceCount', 1)) > 1: say(run, step.name, f'asks for {hosts} hosts and gets one: this machine. The result is the same.')
     root = _attempts(run, step, arguments, answer, job)
     notebooks = executed_notebooks(root)
     made = publish(step.type, arguments, answer, root, run.root)

@@ -24,9 +24,9 @@ from ..settings import project_file
 
 # %% auto #0
 __all__ = ['FAILED', 'REFUSED', 'LEAVE_IN_ORDER', 'STOP_SECONDS', 'StepError', 'opt_ml', 'step_root', 'is_training',
-           'report_folder', 'step_name', 'find_notebook', 'kernel_environment', 'start_kernel', 'import_papermill',
-           'WholeFiles', 'Progress', 'judge', 'declared_outputs', 'missing_outputs', 'mark_failed', 'write_failure',
-           'kill_kernel', 'Stop', 'watch_parent', 'execute', 'kernel_for', 'run_step']
+           'report_folder', 'job_hosts', 'step_name', 'find_notebook', 'kernel_environment', 'start_kernel',
+           'import_papermill', 'WholeFiles', 'Progress', 'judge', 'declared_outputs', 'missing_outputs', 'mark_failed',
+           'write_failure', 'kill_kernel', 'Stop', 'watch_parent', 'execute', 'kernel_for', 'run_step']
 
 # %% ../../nbs/execution/01_step.ipynb #4b559e73
 FAILED, REFUSED = 1, 2  # exit codes beside 0, and 128 + signal for a step that was told to stop
@@ -68,6 +68,16 @@ def is_training(root: Path, name: str) -> bool:
 def report_folder(root: Path, name: str) -> Path:
     "Where the executed notebook goes: a folder that SageMaker uploads."
     return opt_ml(root, '/opt/ml/output/data' if is_training(root, name) else '/opt/ml/processing/output/report')
+
+# %% ../../nbs/execution/01_step.ipynb #7032ace4
+def job_hosts(
+    root: Path,
+) -> tuple[str, list[str], str | None]:  # this host, all hosts in order, and the network interface that joins them
+    "The hosts of a job, from SageMaker's resource configuration."
+    files = [root/'input'/'config'/'resourceconfig.json', root/'config'/'resourceconfig.json']
+    config = next((json.loads(f.read_text(encoding='utf-8')) for f in files if f.exists()), {})
+    host = config.get('current_host', 'algo-1')
+    return host, sorted(config.get('hosts') or [host]), config.get('network_interface_name')
 
 # %% ../../nbs/execution/01_step.ipynb #6d536d7d
 def step_name(notebook: Path) -> str:
@@ -188,8 +198,9 @@ def judge(
 
 # %% ../../nbs/execution/01_step.ipynb #c8ac2e67
 def declared_outputs(root: Path, name: str) -> list[Path]:
-    "The folders that a job must fill: a Training job's model/, a Processing job's outputs."
-    if is_training(root, name): return [root/'model']
+    "The folders that this host must fill: the first host of a Training job its model/, a Processing job its outputs."
+    host, hosts, _ = job_hosts(root)
+    if is_training(root, name): return [root/'model'] if host == hosts[0] else []
     config = root/'config'/'processingjobconfig.json'
     if not config.exists(): return []
     outputs = (json.loads(config.read_text(encoding='utf-8')).get('ProcessingOutputConfig') or {}).get('Outputs') or []

