@@ -32,6 +32,7 @@ def main():
     \b
     skin-lesion run training                              the synthetic sample, end to end
     skin-lesion run training --dataset ham10000 --data-dir ~/ham10000
+    skin-lesion run experiments                           several networks, one table
     skin-lesion predict runs/latest/model.tar.gz photos/  probabilities of a folder of pictures
     """
 

@@ -16,6 +16,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from ..settings import refuse_unused
+
 # %% ../../nbs/cloud/03_sagemaker.ipynb #6a845f2b
 def clients(
     region: str,  # e.g. eu-west-1
@@ -118,6 +120,7 @@ def run(
     echo: Callable = print,  # called with each line
 ) -> str:  # the execution's last status: Succeeded, Failed or Stopped
     "Upsert a pipeline, start it with the present champion, and follow it. Raises `ValueError` for what AWS refuses."
+    refuse_unused(json.loads(definition), settings)
     sagemaker, s3 = clients(settings['aws.region'].value)
     name, defaults = f'skin-lesion-{pipeline}', {p['Name']: p.get('DefaultValue') for p in json.loads(definition)['Parameters']}
     try:
