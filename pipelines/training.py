@@ -40,7 +40,7 @@ from skin_lesion.settings import parameter_name, pipeline_settings
 ENTRYPOINT = ["skin-lesion", "step"]
 HOUR = 3600
 NUMBER = r"([-+0-9.eE]+)"
-METRICS = ["train_loss", "validation_loss", "validation_balanced_accuracy"]
+METRICS = ["train_loss", "validation_loss", "validation_balanced_accuracy", "chosen_balanced_accuracy"]
 THROTTLED = StepRetryPolicy([StepExceptionTypeEnum.THROTTLING], interval_seconds=10, max_attempts=5)
 BUSY = SageMakerJobStepRetryPolicy(
     exception_types=[SageMakerJobExceptionTypeEnum.RESOURCE_LIMIT],
@@ -167,7 +167,7 @@ def wiring(settings) -> SimpleNamespace:
     def channels(prepare):
         return [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
 
-    def trainer(name, hyperparameters):
+    def trainer(name, hyperparameters, spot=True):
         return ModelTrainer(
             sagemaker_session=session,
             role=aws["role_arn"],
@@ -178,7 +178,7 @@ def wiring(settings) -> SimpleNamespace:
                 instance_count=1,
                 volume_size_in_gb=aws["volume_size"],
                 volume_kms_key_id=volume_key["training_instance"],
-                enable_managed_spot_training=True,
+                enable_managed_spot_training=spot,
             ),
             networking=Networking(
                 subnets=subnets,
@@ -186,12 +186,16 @@ def wiring(settings) -> SimpleNamespace:
                 enable_network_isolation=True,
                 enable_inter_container_traffic_encryption=True,
             ),
-            stopping_condition=StoppingCondition(max_runtime_in_seconds=24 * HOUR, max_wait_time_in_seconds=36 * HOUR),
+            stopping_condition=StoppingCondition(
+                max_runtime_in_seconds=24 * HOUR, max_wait_time_in_seconds=36 * HOUR if spot else None
+            ),
             output_data_config=OutputDataConfig(s3_output_path=run_uri(name), kms_key_id=key),
             # An address of its own for each execution: checkpoints of other code or data are never picked up. The price is
             # that SageMaker, whose cache key holds this address, repeats training in each execution; the local engine does
             # not.
-            checkpoint_config=CheckpointConfig(s3_uri=run_uri(name, "checkpoints"), local_path="/opt/ml/checkpoints"),
+            checkpoint_config=CheckpointConfig(s3_uri=run_uri(name, "checkpoints"), local_path="/opt/ml/checkpoints")
+            if spot
+            else None,
             hyperparameters=hyperparameters,
             tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in tags],
         ).with_metric_definitions([MetricDefinition(name=metric, regex=f"{metric}={NUMBER}") for metric in METRICS])
@@ -224,11 +228,13 @@ def wiring(settings) -> SimpleNamespace:
 
     return SimpleNamespace(
         aws=aws,
+        volume_key=volume_key,
         parameter=parameter,
         places=[input_data, champion_data, image, role, processing_instance, training_instance],
         image=image,
         role=role,
         session=session,
+        tags=tags,
         section=section,
         processing=processing,
         prepare=prepare,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['set_option', 'Refusals', 'main', 'settings', 'data', 'data_list', 'data_check', 'data_sample', 'compile_', 'run_',
-           'runs', 'step', 'models', 'approve', 'predict']
+           'search', 'runs', 'step', 'models', 'approve', 'predict']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -129,6 +129,16 @@ def run_(pipeline, place, dataset, data_dir, allow_missing, pairs, resume):
         sys.exit(0 if status == 'Succeeded' else 1)
     from skin_lesion.execution.local import run_locally
     sys.exit(run_locally(pipeline, loaded, data_dir and Path(data_dir), resume))
+
+
+@main.command()
+@click.option('--run', 'run_id', default='latest', show_default=True, metavar='RUN', help='The run whose prepared pictures are trained on.')
+@click.option('--trials', type=click.IntRange(1), help='Trainings in all, those before an interruption included (setting search.trials).')
+@set_option
+def search(run_id, trials, pairs):
+    "Searches the space of section `search` for better settings of training, judged on validation. Interrupted, the same words go on."
+    from skin_lesion.execution.search import search as search_settings
+    search_settings(load_settings(_overrides(pairs)), run_id, trials, click.echo)
 
 
 @main.command()

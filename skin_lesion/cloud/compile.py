@@ -109,6 +109,7 @@ def each_step(
 _OPERATIONS = {
     'Processing': ('CreateProcessingJob', 'ProcessingJobName'),
     'Training': ('CreateTrainingJob', 'TrainingJobName'),
+    'Tuning': ('CreateHyperParameterTuningJob', 'HyperParameterTuningJobName'),
     'RegisterModel': ('CreateModelPackage', None),
 }
 
@@ -163,7 +164,8 @@ def unsafe_jobs(
         if step['Type'] == 'Processing':
             network, machine = arguments.get('NetworkConfig', {}), arguments['ProcessingResources']['ClusterConfig']
             outputs = arguments.get('ProcessingOutputConfig', {})
-        elif step['Type'] == 'Training':
+        elif step['Type'] in ('Training', 'Tuning'):
+            arguments = arguments.get('TrainingJobDefinition', arguments)
             network, machine, outputs = arguments, arguments['ResourceConfig'], arguments['OutputDataConfig']
         else: continue
         instance, vpc = _sample(machine['InstanceType'], defaults, set()), network.get('VpcConfig', {})
