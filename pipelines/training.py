@@ -1,5 +1,7 @@
 """The training pipeline: prepare, train, evaluate, gate, then register or fail. It only wires; the steps are nbs/steps."""
 
+from types import SimpleNamespace
+
 from sagemaker.core.model_metrics import MetricsSource, ModelMetrics
 from sagemaker.core.network import NetworkConfig
 from sagemaker.core.processing import Processor
@@ -38,7 +40,7 @@ from skin_lesion.settings import parameter_name, pipeline_settings
 ENTRYPOINT = ["skin-lesion", "step"]
 HOUR = 3600
 NUMBER = r"([-+0-9.eE]+)"
-METRICS = ["train_loss", "validation_loss", "validation_balanced_accuracy"]
+METRICS = ["train_loss", "validation_loss", "validation_balanced_accuracy", "chosen_balanced_accuracy"]
 THROTTLED = StepRetryPolicy([StepExceptionTypeEnum.THROTTLING], interval_seconds=10, max_attempts=5)
 BUSY = SageMakerJobStepRetryPolicy(
     exception_types=[SageMakerJobExceptionTypeEnum.RESOURCE_LIMIT],
@@ -62,7 +64,7 @@ class ContainerTrainingStep(TrainingStep):
         request = super().arguments
         request["RoleArn"] = self.role
         request["AlgorithmSpecification"]["ContainerEntrypoint"] = ENTRYPOINT
-        request["AlgorithmSpecification"]["ContainerArguments"] = [self.name]
+        request["AlgorithmSpecification"]["ContainerArguments"] = ["train"]
         return request
 
 
@@ -76,8 +78,14 @@ def setting_parameter(name, value):
     return kind(name, default_value=value)
 
 
-def build(settings) -> Pipeline:
-    """The pipeline `skin-lesion-training` with the defaults of `settings` (section.key to `Setting`)."""
+def output(step, name):
+    """The address of an output of a Processing step."""
+    return step.properties.ProcessingOutputConfig.Outputs[name].S3Output.S3Uri
+
+
+def wiring(settings) -> SimpleNamespace:
+    """What the pipelines share, with the defaults of `settings` (section.key to `Setting`): parameters, and the jobs as
+    functions. A step that is there several times runs the notebook `notebook` under a name of its own."""
     aws = {name.removeprefix("aws."): s.value for name, s in settings.items() if name.startswith("aws.")}
     bucket, group, key = aws["bucket"], aws["model_package_group"], aws["kms_key"]
     subnets, security_groups = aws["subnets"].split(","), aws["security_groups"].split(",")
@@ -86,7 +94,11 @@ def build(settings) -> Pipeline:
     volume_key = {
         name: None if has_local_storage(aws[name]) else key for name in ("processing_instance", "training_instance")
     }
-    parameter = {name: setting_parameter(name, s.value) for name, s in pipeline_settings(settings).items()}
+    parameter = {
+        name: setting_parameter(name, s.value)
+        for name, s in pipeline_settings(settings).items()
+        if name.split(".")[0] != "experiments"
+    }
     input_data = ParameterString("InputData", f"s3://{bucket}/raw/sample")
     champion_data = ParameterString("ChampionData", f"s3://{bucket}/champion/{group}")
     image = ParameterString("ImageUri", aws["image_uri"])
@@ -103,10 +115,7 @@ def build(settings) -> Pipeline:
     def run_uri(*parts):
         return Join("/", [f"s3://{bucket}/runs", ExecutionVariables.PIPELINE_EXECUTION_ID, *parts])
 
-    def output(step, name):
-        return step.properties.ProcessingOutputConfig.Outputs[name].S3Output.S3Uri
-
-    def processing(name, inputs, outputs, arguments, hours, property_files=None):
+    def processing(name, inputs, outputs, arguments, hours, property_files=None, notebook=None):
         processor = Processor(
             role=role,
             image_uri=image,
@@ -143,74 +152,123 @@ def build(settings) -> Pipeline:
                 )
                 for channel in [*outputs, "report"]
             ],
-            arguments=[name, *(word for option, value in arguments.items() for word in (f"--{option}", value))],
+            arguments=[
+                notebook or name,
+                *(word for option, value in arguments.items() for word in (f"--{option}", value)),
+            ],
         )
         return ProcessingStep(name, step_args, property_files=property_files, **JOB)
 
-    prepare = processing(
-        "prepare", {"raw": input_data}, ["train", "validation", "test", "table"], section("data"), hours=6
-    )
+    def prepare():
+        return processing(
+            "prepare", {"raw": input_data}, ["train", "validation", "test", "table"], section("data"), hours=6
+        )
 
-    hyperparameters = section("train")
-    trainer = ModelTrainer(
-        sagemaker_session=session,
-        role=aws["role_arn"],
-        base_job_name="train",
-        training_image=image,
-        compute=Compute(
-            instance_type=training_instance,
-            instance_count=aws["training_instances"],
-            volume_size_in_gb=aws["volume_size"],
-            volume_kms_key_id=volume_key["training_instance"],
-            enable_managed_spot_training=True,
-        ),
-        networking=Networking(
-            subnets=subnets,
-            security_group_ids=security_groups,
-            enable_network_isolation=True,
-            enable_inter_container_traffic_encryption=True,
-        ),
-        stopping_condition=StoppingCondition(max_runtime_in_seconds=24 * HOUR, max_wait_time_in_seconds=36 * HOUR),
-        output_data_config=OutputDataConfig(s3_output_path=run_uri("train"), kms_key_id=key),
-        # An address of its own for each execution: checkpoints of other code or data are never picked up. The price is that
-        # SageMaker, whose cache key holds this address, repeats training in each execution; the local engine does not.
-        checkpoint_config=CheckpointConfig(s3_uri=run_uri("train", "checkpoints"), local_path="/opt/ml/checkpoints"),
-        hyperparameters=hyperparameters,
-        tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in tags],
-    ).with_metric_definitions([MetricDefinition(name=name, regex=f"{name}={NUMBER}") for name in METRICS])
+    def channels(prepare):
+        return [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
+
+    def trainer(name, hyperparameters, spot=True):
+        return ModelTrainer(
+            sagemaker_session=session,
+            role=aws["role_arn"],
+            base_job_name=name,
+            training_image=image,
+            compute=Compute(
+                instance_type=training_instance,
+                instance_count=aws["training_instances"],
+                volume_size_in_gb=aws["volume_size"],
+                volume_kms_key_id=volume_key["training_instance"],
+                enable_managed_spot_training=spot,
+            ),
+            networking=Networking(
+                subnets=subnets,
+                security_group_ids=security_groups,
+                enable_network_isolation=True,
+                enable_inter_container_traffic_encryption=True,
+            ),
+            stopping_condition=StoppingCondition(
+                max_runtime_in_seconds=24 * HOUR, max_wait_time_in_seconds=36 * HOUR if spot else None
+            ),
+            output_data_config=OutputDataConfig(s3_output_path=run_uri(name), kms_key_id=key),
+            # An address of its own for each execution: checkpoints of other code or data are never picked up. The price is
+            # that SageMaker, whose cache key holds this address, repeats training in each execution; the local engine does
+            # not.
+            checkpoint_config=CheckpointConfig(s3_uri=run_uri(name, "checkpoints"), local_path="/opt/ml/checkpoints")
+            if spot
+            else None,
+            hyperparameters=hyperparameters,
+            tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in tags],
+        ).with_metric_definitions([MetricDefinition(name=metric, regex=f"{metric}={NUMBER}") for metric in METRICS])
+
     # Input mode File, the default, and every host gets all of it. A batch is a draw from the whole training set, of which
     # each process reads its own pictures: random access to memory-mapped shards, which FastFile's streaming would answer
     # with one request to S3 a picture. The packed pictures are few bytes (3.8 GB for 25,000 at 224 px) and are copied once.
     # ShardedByS3Key would tie pictures to hosts, and the batches, and so the result, would depend on their number.
-    train = ContainerTrainingStep(
-        "train",
-        trainer.train(
-            [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
-        ),
-        role,
-        **JOB,
+    def train(prepare, name="train", **hyperparameters):
+        training = trainer(name, section("train") | hyperparameters)
+        return ContainerTrainingStep(name, training.train(channels(prepare)), role, **JOB)
+
+    def evaluate(prepare, model, name="evaluate", property_files=None):
+        parts = {c: output(prepare, c) for c in ("validation", "test", "table")}
+        return processing(
+            name,
+            {"model": model, **parts, "champion": champion_data},
+            ["evaluation"],
+            section("evaluate") | section("gate"),
+            hours=6,
+            property_files=property_files,
+            notebook="evaluate",
+        )
+
+    def package(model, evaluate, name="register"):
+        return processing(
+            name,
+            {"model": model, "evaluation": output(evaluate, "evaluation")},
+            ["package"],
+            {},
+            hours=1,
+            notebook="register",
+        )
+
+    return SimpleNamespace(
+        aws=aws,
+        volume_key=volume_key,
+        parameter=parameter,
+        places=[input_data, champion_data, image, role, processing_instance, training_instance],
+        image=image,
+        role=role,
+        session=session,
+        tags=tags,
+        section=section,
+        processing=processing,
+        prepare=prepare,
+        channels=channels,
+        trainer=trainer,
+        train=train,
+        evaluate=evaluate,
+        package=package,
     )
+
+
+def build(settings) -> Pipeline:
+    """The pipeline `skin-lesion-training` with the defaults of `settings` (section.key to `Setting`)."""
+    wired = wiring(settings)
+    aws, parameter, group = wired.aws, wired.parameter, wired.aws["model_package_group"]
+    prepare = wired.prepare()
+    train = wired.train(prepare)
     model = train.properties.ModelArtifacts.S3ModelArtifacts
-
     evaluation = PropertyFile("evaluation", output_name="evaluation", path="evaluation.json")
-    evaluate = processing(
-        "evaluate",
-        {"model": model, **{c: output(prepare, c) for c in ("validation", "test", "table")}, "champion": champion_data},
-        ["evaluation"],
-        section("evaluate") | section("gate"),
-        hours=6,
-        property_files=[evaluation],
-    )
-
-    register = processing(
-        "register", {"model": model, "evaluation": output(evaluate, "evaluation")}, ["package"], {}, hours=1
-    )
+    evaluate = wired.evaluate(prepare, model, property_files=[evaluation])
+    register = wired.package(model, evaluate)
     package = Join("/", [output(register, "package"), "model.tar.gz"])
     metrics = MetricsSource("application/json", Join("/", [output(evaluate, "evaluation"), "evaluation.json"]))
     add_to_registry = ModelStep(
         "model",
         ModelBuilder(
-            image_uri=image, s3_model_data_url=package, role_arn=aws["role_arn"], sagemaker_session=session
+            image_uri=wired.image,
+            s3_model_data_url=package,
+            role_arn=aws["role_arn"],
+            sagemaker_session=wired.session,
         ).register(
             model_package_group_name=group,
             content_types=["image/jpeg", "image/png", "application/json"],
@@ -221,7 +279,6 @@ def build(settings) -> Pipeline:
             approval_status="PendingManualApproval",
             customer_metadata_properties={
                 "execution": ExecutionVariables.PIPELINE_EXECUTION_ID,
-                "dataset": parameter["data.dataset"],
                 "architecture": parameter["train.architecture"],
             },
         ),
@@ -269,16 +326,8 @@ def build(settings) -> Pipeline:
 
     return Pipeline(
         name="skin-lesion-training",
-        parameters=[
-            *parameter.values(),
-            input_data,
-            champion_data,
-            image,
-            role,
-            processing_instance,
-            training_instance,
-        ],
+        parameters=[*parameter.values(), *wired.places],
         pipeline_experiment_config=None,
         steps=[prepare, train, evaluate, gate],
-        sagemaker_session=session,
+        sagemaker_session=wired.session,
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
-           'runs', 'step', 'models', 'approve', 'predict']
+           'search', 'runs', 'step', 'models', 'approve', 'predict']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -34,6 +34,7 @@ def main():
     \b
     skin-lesion run training                              the synthetic sample, end to end
     skin-lesion run training --dataset ham10000 --data-dir ~/ham10000
+    skin-lesion run experiments                           several networks, one table
     skin-lesion predict runs/latest/model.tar.gz photos/  probabilities of a folder of pictures
     """
 
@@ -262,6 +263,16 @@ def run_(pipeline, place, dataset, data_dir, allow_missing, pairs, resume):
         sys.exit(0 if status == 'Succeeded' else 1)
     from skin_lesion.execution.local import run_locally
     sys.exit(run_locally(pipeline, loaded, data_dir, resume))
+
+
+@main.command()
+@click.option('--run', 'run_id', default='latest', show_default=True, metavar='RUN', help='The run whose prepared pictures are trained on.')
+@click.option('--trials', type=click.IntRange(1), help='Trainings in all, those before an interruption included (setting search.trials).')
+@set_option
+def search(run_id, trials, pairs):
+    "Searches the space of section `search` for better settings of training, judged on validation. Interrupted, the same words go on."
+    from skin_lesion.execution.search import search as search_settings
+    search_settings(load_settings(_overrides(pairs)), run_id, trials, click.echo)
 
 
 @main.command()

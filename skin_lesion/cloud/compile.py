@@ -6,15 +6,17 @@
 __all__ = ['offline', 'has_local_storage', 'compile_pipeline', 'each_step', 'validate', 'unsafe_jobs']
 
 # %% ../../nbs/cloud/02_compile.ipynb #acd0b000
-import importlib.util
+import importlib
 import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import boto3
 from botocore.loaders import Loader
@@ -70,10 +72,12 @@ def _build(name: str, settings: dict):
     if not path.is_file():
         there = ', '.join(sorted(p.stem for p in project_file('pipelines').glob('*.py')))
         raise ValueError(f'There is no pipeline {name!r}. There are: {there}.')
-    spec = importlib.util.spec_from_file_location(f'skin_lesion_pipelines_{name}', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build(settings)
+    package = ModuleType('skin_lesion_pipelines')
+    package.__path__ = [str(path.parent)]  # one pipeline imports from another: from .training import …
+    sys.modules[package.__name__] = package
+    try: return importlib.import_module(f'{package.__name__}.{name}').build(settings)
+    finally:
+        for module in [m for m in sys.modules if m.split('.')[0] == package.__name__]: del sys.modules[module]
 
 
 def compile_pipeline(
@@ -105,6 +109,7 @@ def each_step(
 _OPERATIONS = {
     'Processing': ('CreateProcessingJob', 'ProcessingJobName'),
     'Training': ('CreateTrainingJob', 'TrainingJobName'),
+    'Tuning': ('CreateHyperParameterTuningJob', 'HyperParameterTuningJobName'),
     'RegisterModel': ('CreateModelPackage', None),
 }
 
@@ -159,7 +164,8 @@ def unsafe_jobs(
         if step['Type'] == 'Processing':
             network, machine = arguments.get('NetworkConfig', {}), arguments['ProcessingResources']['ClusterConfig']
             outputs = arguments.get('ProcessingOutputConfig', {})
-        elif step['Type'] == 'Training':
+        elif step['Type'] in ('Training', 'Tuning'):
+            arguments = arguments.get('TrainingJobDefinition', arguments)
             network, machine, outputs = arguments, arguments['ResourceConfig'], arguments['OutputDataConfig']
         else: continue
         instance, vpc = _sample(machine['InstanceType'], defaults, set()), network.get('VpcConfig', {})

@@ -17,6 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from .compile import unsafe_jobs
+from ..settings import refuse_unused
 
 # %% ../../nbs/cloud/03_sagemaker.ipynb #6a845f2b
 def clients(
@@ -120,6 +121,7 @@ def run(
     echo: Callable = print,  # called with each line
 ) -> str:  # the execution's last status: Succeeded, Failed or Stopped
     "Upsert a pipeline, start it with the present champion, and follow it. Raises `ValueError` for an unsafe job, and for what AWS refuses."
+    refuse_unused(json.loads(definition), settings)
     if unsafe := unsafe_jobs(json.loads(definition)): raise ValueError(f'This pipeline is not started: {"; ".join(unsafe)}. Correct pipelines/{pipeline}.py.')
     sagemaker, s3 = clients(settings['aws.region'].value)
     name, defaults = f'skin-lesion-{pipeline}', {p['Name']: p.get('DefaultValue') for p in json.loads(definition)['Parameters']}

@@ -171,7 +171,8 @@ def _conditions(conditions: list) -> Iterator[dict]:
 
 def _step_problems(step: Step, definition: dict) -> Iterator[str]:
     "What is wrong with one step by itself."
-    if step.type not in STEP_TYPES: yield f'type {step.type!r} is not one the local engine knows: {", ".join(STEP_TYPES)}'
+    if step.type == 'Tuning': yield 'tuning jobs run on SageMaker only; on this machine the same space is searched by: skin-lesion search --trials N'
+    elif step.type not in STEP_TYPES: yield f'type {step.type!r} is not one the local engine knows: {", ".join(STEP_TYPES)}'
     if not re.fullmatch(r'[A-Za-z0-9](-*[A-Za-z0-9]){0,255}', step.name): yield 'its name must be letters, digits and inner hyphens'
     if step.branch and step.type == 'Condition': yield f'a condition inside the condition {step.branch[0]} is not allowed'
     for condition in _conditions(step.arguments.get('Conditions') or []) if step.type == 'Condition' else ():

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,8 +141,9 @@ def _key(run: Execution, step: Step, arguments: dict | None = None) -> str:
     return cache.step_key(step.type, arguments or {}, lambda uri: _content(run, find_input(uri, run.root)), code, before)
 
 
-def _keep_notebooks(run: Execution, notebooks: dict[str, str]) -> None:
-    for name, text in notebooks.items(): write_whole(run.folder/'notebooks'/name, text)
+def _keep_notebooks(run: Execution, step: Step, notebooks: dict[str, str]) -> None:
+    "Under the name of the step: several steps may run one notebook."
+    for name, text in notebooks.items(): write_whole(run.folder/'notebooks'/re.sub(r'^(\d+)_.*', rf'\1_{step.name}.ipynb', name), text)
 
 
 def _attempts(run: Execution, step: Step, arguments: dict, answer: dict, job: str) -> Path:
@@ -156,7 +158,7 @@ def _attempts(run: Execution, step: Step, arguments: dict, answer: dict, job: st
         code, last = _run_process(run, step, words, root, job, arguments.get('Environment') or {})
         notebooks, reason = executed_notebooks(root), _failure(root, code, last) if code else ''
         if code: drop_outputs(root)  # of no use to anyone, and the disk may be full
-        with suppress(OSError): _keep_notebooks(run, notebooks)
+        with suppress(OSError): _keep_notebooks(run, step, notebooks)
         if code == 0: return root
         if run.stopped_by: raise Stopped(reason)
         delay = retry_delay(step, code, retries, (time.monotonic() - began) / 60)
@@ -174,7 +176,7 @@ def _run_job(run: Execution, step: Step) -> None:
     change(run, step.name, CacheKey=(key := _key(run, step, arguments)))
     found = cache.find(run.root/'cache', key, config.get('ExpireAfter'), lambda p: _content(run, p)) if config.get('Enabled') else None
     if found:
-        _keep_notebooks(run, found['notebooks'])
+        _keep_notebooks(run, step, found['notebooks'])
         hit = {'SourcePipelineExecutionArn': found['source']}
         change(run, step.name, Response=found['response'], CacheHitResult=hit, Metadata={f'{step.type}Job': {'Arn': found['response'][arn]}})
         return say(run, step.name, f'as in run {found["source"].split("/")[-1]}, from the cache')

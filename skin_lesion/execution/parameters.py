@@ -59,6 +59,7 @@ def read_hyperparameters(root: Path) -> list[tuple[str, str]]:
     if not file.exists(): return []
     pairs = []
     for name, value in json.loads(file.read_text(encoding='utf-8'), object_pairs_hook=list):
+        if name == '_tuning_objective_metric': continue  # SageMaker adds it to the jobs of a tuning job
         text = value if isinstance(value, str) else json.dumps(value)
         pairs.append((name, json.loads(text) if re.fullmatch(r'".*"', text, re.S) else text))
     return pairs

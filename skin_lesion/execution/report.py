@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['read_json', 'dig', 'moment', 'took', 'number', 'figure', 'chain_of', 'notebook_of', 'step_box', 'failure',
            'parameters_of', 'gate_rules', 'bar', 'tile', 'headline', 'gate', 'confusion', 'per_class', 'by_group',
-           'pictures_of', 'pictures', 'proof', 'default_parameters', 'changed_parameters', 'settings', 'notices', 'top',
-           'files', 'run_page', 'write_report']
+           'networks', 'pictures_of', 'pictures', 'proof', 'default_parameters', 'changed_parameters', 'settings',
+           'notices', 'top', 'files', 'run_page', 'write_report']
 
 # %% ../../nbs/execution/07_report.ipynb #5d54d151
 import json
@@ -258,6 +258,18 @@ def by_group(
     rows = [[f'{g["factor"].replace("_", " ")}: {g["group"]}', str(g['images']), str(g['lesions']), *(figure(g.get(k)) for k in names)] for g in groups]
     return Section(Details(Summary('By subgroup'), table(['group', 'images', 'lesions', *names.values()], rows))),
 
+# %% ../../nbs/execution/07_report.ipynb #03263317
+def networks(
+    compared: dict,  # experiments.json
+) -> tuple:  # sections
+    "What each network reaches and costs."
+    rows, names = compared.get('networks') or (), compared.get('measures') or {}
+    if not rows: return ()
+    def cell(x): return figure(x) if isinstance(x, dict) else f'{x:.3g}' if x < 100 else f'{x:,.0f}'
+    cells = [[row['architecture'], *(cell(row[k]) for k in names)] for row in rows]
+    note = f'All were judged on the same test pictures; intervals over lesions. Latency with {compared.get("threads")} threads.'
+    return Section(H2('The networks'), table(['network', *names.values()], cells), P(Small(note))),
+
 # %% ../../nbs/execution/07_report.ipynb #450a4653
 def pictures_of(
     notebook: Path,
@@ -275,8 +287,8 @@ def pictures_of(
 def pictures(
     run: Path,
 ) -> tuple:  # sections
-    "The pictures of the train and evaluate notebooks."
-    notebooks = [n for n in (notebook_of(run, 'evaluate'), notebook_of(run, 'train')) if n]
+    "The pictures of the notebooks that judge and train."
+    notebooks = [n for n in (notebook_of(run, step) for step in ('compare', 'evaluate', 'train')) if n]
     found = [Figure(Img(src=f'data:image/png;base64,{png}', alt=heading), Figcaption(heading)) for n in notebooks for heading, png in pictures_of(n)]
     return (Section(H2('Pictures'), Div(*found, cls='pictures')),) if found else ()
 
@@ -355,6 +367,7 @@ def files(
 ) -> tuple:  # sections
     "Links to what else lies in the run's folder."
     named = {'model.tar.gz': 'the model package', 'evaluation.json': 'all figures', 'split_proof.json': 'the proof of the split',
+             'experiments.csv': 'the networks side by side',
              'steps.json': 'states and times', 'definition.json': 'the pipeline that ran'}
     there = [Li(A(n, href=f'../{n}'), f' {what}') for n, what in named.items() if (run/n).exists()]
     notebooks = [Li(A(n.name, href=f'{n.stem}.html'), ' the step as it ran') for n in sorted((run/'notebooks').glob('*.ipynb'))]
@@ -365,17 +378,17 @@ def run_page(
     run: Path,
 ) -> str:  # HTML
     "The page of a run, from whatever its folder holds."
-    execution, definition, evaluation = (read_json(run/f'{n}.json') for n in ('steps', 'definition', 'evaluation'))
+    execution, definition, evaluation, compared = (read_json(run/f'{n}.json') for n in ('steps', 'definition', 'evaluation', 'experiments'))
     rules, steps = gate_rules(execution, definition, evaluation), chain_of(execution, definition)
     outcome = next((o for s in steps if (o := dig(s, 'Metadata.Condition.Outcome'))), None)
     skipped = [s['StepName'] for s in steps if s['StepStatus'] == 'skipped']
     chain = (Section(H2('Steps'), Ol(*(step_box(run, s) for s in steps if s['StepStatus'] != 'skipped'), cls='chain'),
                      P(Small(f'Branch not taken: {", ".join(skipped)}')) if skipped else ''),) if steps else ()
-    waiting = () if evaluation else (Section(P('There is no evaluation yet: the run has not come that far.')),)
-    body = [*failure(run, execution), *chain, *waiting, *headline(evaluation, rules), *gate(rules, evaluation, outcome and outcome == 'True'),
+    waiting = () if evaluation or compared else (Section(P('There is no evaluation yet: the run has not come that far.')),)
+    body = [*failure(run, execution), *chain, *waiting, *networks(compared), *headline(evaluation, rules), *gate(rules, evaluation, outcome and outcome == 'True'),
             *per_class(evaluation), *by_group(evaluation), *pictures(run), *proof(read_json(run/'split_proof.json')), *settings(execution), *files(run)]
     title = f'{execution.get("PipelineExecutionStatus", "Unknown")}: {execution.get("PipelineExecutionId", run.name)}'
-    return page(title, *notices(evaluation, execution), top(run, execution), Main(*body), Footer(f'Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by skin_lesion'))
+    return page(title, *notices(evaluation or compared, execution), top(run, execution), Main(*body), Footer(f'Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by skin_lesion'))
 
 # %% ../../nbs/execution/07_report.ipynb #002b5d12
 def write_report(

@@ -155,7 +155,7 @@ def point_latest(folder: Path) -> None:
     part.rename(folder.parent/'latest')
 
 # %% ../../nbs/execution/04a_runs.ipynb #6fae3c37
-RESULTS = ('model.tar.gz', 'evaluation.json', 'split_proof.json')
+RESULTS = ('model.tar.gz', 'evaluation.json', 'split_proof.json', 'experiments.json', 'experiments.csv')
 
 
 def outputs_of(entry: dict, root: Path) -> list[Path]:
@@ -169,9 +169,11 @@ def outputs_of(entry: dict, root: Path) -> list[Path]:
 def gather(run: Execution) -> None:
     "Puts the main results into the run's folder."
     places = [p for s in run.state['PipelineExecutionSteps'] if s['StepStatus'] == 'Succeeded' for p in outputs_of(s, run.root)]
+    outputs = [o['OutputName'] for s in run.steps for o in s.arguments.get('ProcessingOutputConfig', {}).get('Outputs') or ()]
+    several = outputs.count('evaluation') > 1  # of many models none is the run's
     for name in RESULTS if run.status == 'Succeeded' else RESULTS[1:]:  # the model of a run that failed is not its result
         found = [f for p in places for f in (p, p/name) if f.name == name and f.is_file()]
-        if not found: continue
+        if not found or (several and name in RESULTS[:2]): continue
         part = run.folder/f'.{name}.part'
         part.unlink(missing_ok=True)
         try: os.link(found[-1], part)

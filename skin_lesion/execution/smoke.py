@@ -19,13 +19,14 @@ from ..serving.package import pack
 __all__ = ['STEPS', 'INPUTS', 'steps_before', 'fill_inputs', 'smoke_root']
 
 # %% ../../nbs/execution/02_smoke.ipynb #b6b51bf8
-STEPS = 'prepare', 'train', 'evaluate', 'register'
+STEPS = 'prepare', 'train', 'evaluate', 'register', 'compare'
 INPUTS = {  # step: {folder of its root: (step before, folder of that one's root)}
     'train': {f'input/data/{c}': ('prepare', f'processing/output/{c}') for c in ('train', 'validation', 'table')},
     'evaluate': {'processing/input/model': ('train', 'model')}
                 | {f'processing/input/{c}': ('prepare', f'processing/output/{c}') for c in ('validation', 'test', 'table')},
     'register': {'processing/input/model': ('train', 'model'),
                  'processing/input/evaluation': ('evaluate', 'processing/output/evaluation')},
+    'compare': {'processing/input/efficientnet-lite0': ('register', 'processing/output/package')},
 }
 
 
