@@ -20,7 +20,7 @@ run: install  ## the training pipeline on the synthetic sample; report in runs/l
 	skin-lesion run training
 
 test: install notebooks  ## every notebook and every test that is not marked slow
-	pytest -m 'not slow and not gpu'
+	pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
 notebooks: install  ## executes every notebook
 	nbdev-test --n-workers 2 --timing
@@ -40,6 +40,9 @@ lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would chan
 	for path in nbs skin_lesion README.md; do diff -r -q -x __pycache__ -x .ipynb_checkpoints $$path $$fresh/$$path || \
 	{ echo "Differs: run nbdev-export, nbdev-clean and make readme, and commit."; exit 1; }; done
 
+definitions: install  ## pipelines/definitions from pipelines/
+	for name in training experiments search; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
+
 readme: install  ## README.md from nbs/index.ipynb
 	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md
 
@@ -49,5 +52,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training lint readme hooks lock
+.PHONY: help install run test notebooks bench bench-training lint definitions readme hooks lock
 .DEFAULT_GOAL := help
