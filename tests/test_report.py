@@ -164,7 +164,8 @@ def test_succeeded_run_shows_states_figures_gate_split_and_what_was_turned(make_
                  "Gate: passed", "+0.155", "no champion is registered", "not estimable", "sex: female", "41.2%", "Holds: none of images, lesions",
                  "7 pairs", "4,000"]:  # fmt: skip
         assert part in page.text, part
-    turned = page.text[page.text.index("other than in settings.ini") : page.text.index("All 31")]
+    parameters = len(json.loads(project_file("pipelines", "definitions", "training.json").read_text())["Parameters"])
+    turned = page.text[page.text.index("other than in settings.ini") : page.text.index(f"All {parameters}")]
     assert f"TrainEpochs3{epochs}" in turned and "TrainLearningRate" not in turned and "Confidence" not in turned
     assert page.loads == [f"data:image/png;base64,{PNG}"]
     assert {"10_prepare.html", "20_train.html", "30_evaluate.html", "../model.tar.gz", "../split_proof.json"} <= set(
