@@ -230,6 +230,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'skin_lesion/data/duplicates.py'),
                                              'skin_lesion.data.duplicates._finer': ( 'data/duplicates.html#_finer',
                                                                                      'skin_lesion/data/duplicates.py'),
+                                             'skin_lesion.data.duplicates._forget': ( 'data/duplicates.html#_forget',
+                                                                                      'skin_lesion/data/duplicates.py'),
                                              'skin_lesion.data.duplicates._look': ( 'data/duplicates.html#_look',
                                                                                     'skin_lesion/data/duplicates.py'),
                                              'skin_lesion.data.duplicates._placement': ( 'data/duplicates.html#_placement',

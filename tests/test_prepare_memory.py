@@ -1,4 +1,4 @@
-"""Memory of prepare does not grow with the number of images, but for the table and the fingerprints (about 7 kB an image)."""
+"""Memory of prepare does not grow with the number of images, but for the table and the fingerprints (about 5 kB an image)."""
 
 import os
 import subprocess

@@ -88,6 +88,7 @@ def drop_copies(
         if gone[copy] or (stays, rank[copy]) in has_copy: continue
         gone[copy] = True
         has_copy.add((stays, rank[copy]))
+    if not gone.any(): return table, prints, pairs, accounting
     lost = gone[pairs].any(axis=1)
     ids = table.image_id[gone].tolist()
     table = table.assign(lesion_id=join_lesions(table.lesion_id, pairs[lost]))[~gone].reset_index(drop=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -191,11 +192,18 @@ CHECKED = 32  # candidates of a picture that are looked at closely
 BLOCK = 64  # pictures at once
 
 
+def _forget(prints: np.ndarray) -> None:
+    "Gives back the memory that reading a mapped file has taken."
+    if isinstance(prints, np.memmap): prints._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 def _copies(prints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Rows to compare, and pairs that chain the exact copies to them."
     first, pairs = {}, []
-    for row in np.flatnonzero(prints.any(axis=1)):
-        known = first.setdefault(hashlib.sha256(prints[row]).digest(), row)
+    for row, print_ in enumerate(prints):
+        if row % 1000 == 0: _forget(prints)
+        if not print_.any(): continue
+        known = first.setdefault(hashlib.sha256(print_).digest(), row)
         if known != row: pairs.append((known, row))
     return np.array(list(first.values()), np.int64), np.array(pairs, np.int64).reshape(-1, 2)
 
@@ -207,6 +215,7 @@ def _build_index(prints: np.ndarray, blocks: list[np.ndarray]) -> tuple[np.ndarr
     for n, block in enumerate(blocks):
         part = wholes[BLOCK*n:BLOCK*n + len(block)]
         part[:] = _spectra(prints[block], COARSE[:1])[:, 0]
+        _forget(prints)
         index.add(np.arange(len(part)) + BLOCK*n, _descriptors(part), threads=1)
     return wholes, index
 
@@ -256,6 +265,7 @@ def near_duplicates(
          tqdm(total=len(rows), unit='image', desc='compare', disable=None if progress else True) as bar:
         for n, more in enumerate(threads.map(lambda block: _look(prints, block, rows, wholes, index, threshold), blocks), 1):
             found |= more
+            _forget(prints)
             bar.update(len(blocks[n - 1]))
             if progress and bar.disable and (n % 100 == 0 or n == len(blocks)):
                 print(f'compared {min(BLOCK*n, len(rows)):,} of {len(rows):,} images, {time.monotonic() - began:.1f} s', flush=True)

@@ -66,7 +66,7 @@ class Packed:
     dataset: str  # of the table; several with commas between them
     image_ids: list[str]  # in the order of the table
     chunks: list[Path]  # .npy of (CHUNK, size, size, 3), uint8; the last one is shorter
-    fingerprints: np.ndarray  # (N, 4096), uint8, of `fingerprint`
+    fingerprints: np.ndarray  # (N, 4096), uint8, of `fingerprint`, mapped from a file
     unreadable: dict[str, str]  # image_id -> reason; its pixels and fingerprint are zero
 
     def squares(self, image_ids: list[str]) -> np.ndarray:  # (n, S, S, 3), uint8
@@ -133,8 +133,8 @@ def pack_images(
     work.mkdir(parents=True, exist_ok=True)
     there = sum(c.stat().st_size for c in chunks if c.exists())
     check_space(work, len(ids)*size*size*3 - there)
-    prints, unreadable, began = np.zeros((len(ids), SIDE*SIDE), np.uint8), {}, time.monotonic()
-    with ThreadPoolExecutor() as threads, tqdm(total=len(ids), unit='image', desc='decode', disable=None) as bar:
+    unreadable, began = {}, time.monotonic()
+    with open(work/'fingerprints.part', 'wb') as prints, ThreadPoolExecutor() as threads, tqdm(total=len(ids), unit='image', desc='decode', disable=None) as bar:
         for start, chunk in zip(starts, chunks):
             these = slice(start, start + CHUNK)
             key = _chunk_key(files[these], ids[these], size)
@@ -143,11 +143,13 @@ def pack_images(
                 pixels, reasons = _decode(files[these], size, threads)
                 found = pixels, {ids[start + i]: why for i, why in reasons.items()}
                 _write_chunk(chunk, pixels, {'key': key, 'unreadable': found[1]})
-            prints[these] = fingerprint(found[0])
+            prints.write(fingerprint(found[0]))
             unreadable |= found[1]
             bar.update(len(found[0]))
             if bar.disable: print(f'decoded {start + len(found[0]):,} of {len(ids):,} images, {time.monotonic() - began:.1f} s', flush=True)
-    return Packed(size, ','.join(table.dataset.unique()), ids, chunks, prints, unreadable)
+    os.replace(work/'fingerprints.part', work/'fingerprints')  # who has mapped the last one keeps it
+    return Packed(size, ','.join(table.dataset.unique()), ids, chunks,
+                  np.memmap(work/'fingerprints', np.uint8, 'r', shape=(len(ids), SIDE*SIDE)), unreadable)
 
 # %% ../../nbs/data/06_shards.ipynb #c4101efb
 def drop_unreadable(
