@@ -234,6 +234,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'skin_lesion/data/duplicates.py'),
                                              'skin_lesion.data.duplicates._look': ( 'data/duplicates.html#_look',
                                                                                     'skin_lesion/data/duplicates.py'),
+                                             'skin_lesion.data.duplicates._one_thread_each': ( 'data/duplicates.html#_one_thread_each',
+                                                                                               'skin_lesion/data/duplicates.py'),
                                              'skin_lesion.data.duplicates._placement': ( 'data/duplicates.html#_placement',
                                                                                          'skin_lesion/data/duplicates.py'),
                                              'skin_lesion.data.duplicates._refine': ( 'data/duplicates.html#_refine',

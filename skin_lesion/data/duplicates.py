@@ -10,6 +10,7 @@ import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -238,6 +239,15 @@ def _candidates(
     return [(a[i], b[i], c[i], angle[i], mirrored[i]) for i in order[rank < CHECKED]]
 
 # %% ../../nbs/data/04_duplicates.ipynb #7e2c2d62
+@contextmanager
+def _one_thread_each():
+    "OpenCV's own threads cost more than they bring on thumbnails, and several times as much on a busy machine."
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try: yield
+    finally: cv2.setNumThreads(before)
+
+
 def _look(prints: np.ndarray, block: np.ndarray, rows: np.ndarray, wholes: np.ndarray, index: Index, threshold: float) -> set:
     "Pairs of rows, the smaller first, of which one is in the block and the other lies in it."
     found, of = set(), None
@@ -261,7 +271,7 @@ def near_duplicates(
     found, began = set(map(tuple, pairs.tolist())), time.monotonic()
     blocks = [rows[i:i + BLOCK] for i in range(0, len(rows), BLOCK)]
     wholes, index = _build_index(prints, blocks)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, \
+    with _one_thread_each(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, \
          tqdm(total=len(rows), unit='image', desc='compare', disable=None if progress else True) as bar:
         for n, more in enumerate(threads.map(lambda block: _look(prints, block, rows, wholes, index, threshold), blocks), 1):
             found |= more
@@ -272,6 +282,7 @@ def near_duplicates(
     return np.array(sorted(found), np.int64).reshape(-1, 2)
 
 # %% ../../nbs/data/04_duplicates.ipynb #b55c1cfc
+@_one_thread_each()
 def similarity(
     prints: np.ndarray,  # (N, 4096), of `fingerprint`
     pairs: np.ndarray,  # (P, 2), row numbers
