@@ -31,8 +31,8 @@ def build(settings) -> Pipeline:
     parameter = {name: p for name, p in wired.parameter.items() if name != "train.architecture"}
     list_parameter = ParameterString("ExperimentsArchitectures", listed, enum_values=[listed])
 
-    prepare = wired.prepare()
-    steps, packages = [prepare], {}
+    *decode, prepare = wired.prepare()
+    steps, packages = [*decode, prepare], {}
     for suffix, architecture in names.items():
         train = wired.train(prepare, f"train-{suffix}", architecture=architecture)
         model = train.properties.ModelArtifacts.S3ModelArtifacts

@@ -46,7 +46,7 @@ def build(settings) -> Pipeline:
         else ContinuousParameter(*found.values, scaling_type=SCALES[found.scale])
         for name, found in space.items()
     }
-    prepare = wired.prepare()
+    *decode, prepare = wired.prepare()
     tuner = HyperparameterTuner(
         # Not on spot machines: the jobs of a tuning job have one checkpoint address, and training refuses a checkpoint
         # of other settings.
@@ -66,6 +66,6 @@ def build(settings) -> Pipeline:
         name="skin-lesion-search",
         parameters=[*parameter.values(), *(place for place in wired.places if place.name != "ChampionData")],
         pipeline_experiment_config=None,
-        steps=[prepare, tune],
+        steps=[*decode, prepare, tune],
         sagemaker_session=wired.session,
     )

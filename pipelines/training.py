@@ -115,11 +115,11 @@ def wiring(settings) -> SimpleNamespace:
     def run_uri(*parts):
         return Join("/", [f"s3://{bucket}/runs", ExecutionVariables.PIPELINE_EXECUTION_ID, *parts])
 
-    def processing(name, inputs, outputs, arguments, hours, property_files=None, notebook=None):
+    def processing(name, inputs, outputs, arguments, hours, property_files=None, notebook=None, instances=1):
         processor = Processor(
             role=role,
             image_uri=image,
-            instance_count=1,
+            instance_count=instances,
             instance_type=processing_instance,
             entrypoint=ENTRYPOINT,
             volume_size_in_gb=aws["volume_size"],
@@ -136,7 +136,10 @@ def wiring(settings) -> SimpleNamespace:
                 ProcessingInput(
                     input_name=channel,
                     s3_input=ProcessingS3Input(
-                        s3_uri=uri, local_path=f"{folder}/input/{channel}", s3_data_type="S3Prefix"
+                        s3_uri=uri,
+                        local_path=f"{folder}/input/{channel}",
+                        s3_data_type="S3Prefix",
+                        s3_data_distribution_type="FullyReplicated" if instances == 1 else "ShardedByS3Key",
                     ),
                 )
                 for channel, uri in inputs.items()
@@ -160,9 +163,15 @@ def wiring(settings) -> SimpleNamespace:
         return ProcessingStep(name, step_args, property_files=property_files, **JOB)
 
     def prepare():
-        return processing(
-            "prepare", {"raw": input_data}, ["train", "validation", "test", "table"], section("data"), hours=6
-        )
+        """The steps that make the shards, `prepare` last. With several hosts each of them decodes its own part of the
+        files first: they join through S3, because the hosts of a Processing job that is isolated cannot speak."""
+        raw, steps = input_data, []
+        if (hosts := aws["prepare_instances"]) > 1:
+            size = {"image_size": section("data")["image_size"]}
+            steps = [processing("decode", {"raw": raw}, ["decoded"], size, hours=6, instances=hosts)]
+            raw = output(steps[0], "decoded")
+        outputs = ["train", "validation", "test", "table"]
+        return [*steps, processing("prepare", {"raw": raw}, outputs, section("data"), hours=6)]
 
     def channels(prepare):
         return [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
@@ -254,7 +263,7 @@ def build(settings) -> Pipeline:
     """The pipeline `skin-lesion-training` with the defaults of `settings` (section.key to `Setting`)."""
     wired = wiring(settings)
     aws, parameter, group = wired.aws, wired.parameter, wired.aws["model_package_group"]
-    prepare = wired.prepare()
+    *decode, prepare = wired.prepare()
     train = wired.train(prepare)
     model = train.properties.ModelArtifacts.S3ModelArtifacts
     evaluation = PropertyFile("evaluation", output_name="evaluation", path="evaluation.json")
@@ -328,6 +337,6 @@ def build(settings) -> Pipeline:
         name="skin-lesion-training",
         parameters=[*parameter.values(), *wired.places],
         pipeline_experiment_config=None,
-        steps=[prepare, train, evaluate, gate],
+        steps=[*decode, prepare, train, evaluate, gate],
         sagemaker_session=wired.session,
     )

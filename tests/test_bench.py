@@ -14,16 +14,7 @@ from test_definition import definition, processing
 from test_duplicates import COPIES, HARD, plant
 
 from skin_lesion.data.catalog import read_dataset
-from skin_lesion.data.duplicates import (
-    BLOCK,
-    SIDE,
-    THRESHOLD,
-    _build_index,
-    _look,
-    _one_thread_each,
-    fingerprint,
-    near_duplicates,
-)
+from skin_lesion.data.duplicates import fingerprint, near_duplicates
 from skin_lesion.data.images import decode
 from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import split_table
@@ -97,23 +88,9 @@ def test_which_way_of_handling_imbalance_is_best(shared_data, tmp_path):
     assert figures["none"] < min(figures[way] for way in IMBALANCE if way != "none")
 
 
-def blends(prints, n, rng):
-    """Thumbnails as different as those of n lesions: each the mean of two real ones, turned or mirrored at random."""
-    square = prints.reshape(-1, SIDE, SIDE)
-    out = np.empty((n, SIDE, SIDE), np.uint8)
-    for i in range(n):
-        a, b = (
-            np.rot90(square[j].astype(np.float32), k)[:, ::s]
-            for j, k, s in zip(rng.integers(len(square), size=2), rng.integers(4, size=2), rng.choice([-1, 1], size=2))
-        )
-        mixed = a + b - 256
-        out[i] = np.clip(mixed * (40 / mixed.std()) + 128, 1, 255)
-    return out.reshape(n, -1)
-
-
 @pytest.mark.timeout(5400)
-def test_near_duplicates_find_planted_copies_in_time_that_grows_with_the_images(shared_data, tmp_path):
-    """Copies of 80 HAM10000 images a kind among all 10,015; then the search in 10,000 and 100,000 simulated thumbnails."""
+def test_near_duplicates_find_planted_copies(shared_data, tmp_path):
+    """Copies of 80 HAM10000 images a kind among all 10,015."""
     folder, rng = shared_data / "ham10000", np.random.default_rng(1)
     table, _ = read_dataset("ham10000", folder)
     prints = pack_images(table, folder, 128, tmp_path / "work").fingerprints
@@ -130,29 +107,6 @@ def test_near_duplicates_find_planted_copies_in_time_that_grows_with_the_images(
     same, real = lesions[pairs[:, 0]] == lesions[pairs[:, 1]], (pairs < len(table)).all(axis=1)
     for name, which in {"real": real, "planted": ~real}.items():
         figures[f"pairs_{name}"] = {"of_one_lesion": int(same[which].sum()), "of_two": int((~same[which]).sum())}
-    figures["scale"] = {}
-    for n in (10_000, 100_000):
-        many = blends(prints, n, rng)
-        rows = np.arange(n)
-        blocks = [rows[i : i + BLOCK] for i in range(0, n, BLOCK)]
-        started = time.perf_counter()
-        wholes, index = _build_index(many, blocks)
-        built = time.perf_counter() - started
-        started = time.perf_counter()
-        looked = blocks[:: len(blocks) // 20][:20]
-        with _one_thread_each():
-            for block in looked:
-                _look(many, block, rows, wholes, index, THRESHOLD)
-        an_image = (time.perf_counter() - started) / sum(map(len, looked))
-        memory = many.nbytes + wholes.nbytes + index.memory_usage
-        figures["scale"][f"{n:,}"] = {
-            "index_seconds": round(built, 1),
-            "search_milliseconds_an_image_and_core": round(1000 * an_image, 1),
-            "core_seconds_in_all": round(built + n * an_image),
-            "memory_kb_an_image": round(memory / n / 1000, 1),
-        }
     keep("duplicates", figures)
     easy = {kind: share for kind, share in figures["recall_percent"].items() if kind not in HARD}
     assert min(easy.values()) >= 90 and figures["pairs_real"]["of_two"] <= 25
-    small, large = (figures["scale"][n]["core_seconds_in_all"] for n in ("10,000", "100,000"))
-    assert large < 25 * small, "all pairs would take 100 times as long"

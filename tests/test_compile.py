@@ -83,6 +83,18 @@ def test_compiling_for_other_settings_leaves_the_process_as_it_was(monkeypatch):
     assert unsafe_jobs(changed) == ["train: no KMS key on its volume"]
 
 
+def test_with_several_hosts_prepare_reads_what_they_have_decoded(definition):
+    settings = load_settings({"aws.prepare_instances": "3"}, environ={})
+    spread = json.loads(compile_pipeline("training", settings))
+    assert unsafe_jobs(spread) == [] and validate(spread) == []
+    decode, prepare = spread["Steps"][:2]
+    assert (decode["Name"], decode["Arguments"]["ProcessingResources"]["ClusterConfig"]["InstanceCount"]) == ("decode", 3)
+    raw = decode["Arguments"]["ProcessingInputs"][0]["S3Input"]
+    assert raw["S3DataDistributionType"] == "ShardedByS3Key" and raw["S3Uri"] == {"Get": "Parameters.InputData"}
+    assert "Steps.decode." in prepare["Arguments"]["ProcessingInputs"][0]["S3Input"]["S3Uri"]["Get"]
+    assert [s["Name"] for s in spread["Steps"][1:]] == [s["Name"] for s in definition["Steps"]]
+
+
 def test_every_pipeline_setting_is_a_parameter_and_reaches_a_step(definition):
     names = {p["Name"] for p in definition["Parameters"]}
     for name in pipeline_settings(load_settings(environ={})):

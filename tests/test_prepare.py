@@ -21,23 +21,34 @@ def sample(tmp_path_factory):
     return write_sample(tmp_path_factory.mktemp("data") / "sample", lesions=24, seed=1)
 
 
+def step(root, name, *args):
+    return subprocess.run(
+        [sys.executable, "-m", "skin_lesion.execution.step", name, *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SKIN_LESION_ROOT": str(root)},
+    )
+
+
 def prepare(root, sample, *args, spoil=None):
     "Runs the step as a process; the finished process and its output folder."
     raw = root / "processing" / "input" / "raw"
     shutil.copytree(sample, raw, symlinks=True)
     if spoil:
         spoil(raw)
-    done = subprocess.run(
-        [sys.executable, "-m", "skin_lesion.execution.step", "prepare", *args],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"SKIN_LESION_ROOT": str(root)},
-    )
-    return done, root / "processing" / "output"
+    return step(root, "prepare", *args), root / "processing" / "output"
 
 
 def read_json(path):
     return json.loads(path.read_text())
+
+
+def contents(folder):
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in folder.rglob("*")
+        if f.is_file() and f.parent.name != "report"
+    }
 
 
 def test_all_outputs_fit_together_and_come_out_twice_the_same(sample, tmp_path):
@@ -72,6 +83,34 @@ def lose_image(raw):
 
 def lose_table(raw):
     (raw / "metadata.csv").unlink()
+
+
+def test_the_parts_of_three_hosts_join_to_the_same_bytes(sample, tmp_path):
+    """Each host gets a third of the files, as SageMaker's ShardedByS3Key gives them; its outputs go to one prefix."""
+    whole, broken = tmp_path / "whole", sorted(sample.rglob("*.jpg"))[5]
+    shutil.copytree(sample, whole)
+    (whole / broken.relative_to(sample)).write_bytes(broken.read_bytes()[:2000])
+    files = sorted(f.relative_to(whole) for f in whole.rglob("*") if f.is_file())
+    hosts = ["algo-1", "algo-2", "algo-3", "algo-4"]  # the last one gets no file
+    for n, host in enumerate(hosts):
+        root = tmp_path / host
+        for file in files[n::3] if n < 3 else []:
+            (root / "processing/input/raw" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(whole / file, root / "processing/input/raw" / file)
+        (root / "config").mkdir(parents=True)
+        (root / "config/resourceconfig.json").write_text(json.dumps({"current_host": host, "hosts": hosts}))
+        done = step(root, "decode")
+        assert done.returncode == 0, done.stderr
+        report = root / "processing/output/report"
+        assert [f.name for f in report.iterdir()] == ["05_decode.ipynb" if n == 0 else f"05_decode.{host}.ipynb"]
+        shutil.copytree(root / "processing/output/decoded", tmp_path / "joined", dirs_exist_ok=True)
+    one, out_one = prepare(tmp_path / "one", whole, "--allow_missing", "true")
+    many, out_many = prepare(tmp_path / "many", tmp_path / "joined", "--allow_missing", "true")
+    assert one.returncode == many.returncode == 0, one.stderr + many.stderr
+    assert contents(out_one) == contents(out_many) and len(contents(out_one)) > 9
+    assert read_json(out_many / "table/accounting.json")["unreadable"] == [broken.stem]
+    other, _ = prepare(tmp_path / "other", tmp_path / "joined", "--image_size", "64")
+    assert other.returncode == 1 and "holds squares of 32 pixels; data.image_size is 64" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pandera.pandas as pa
 
 # %% auto #0
 __all__ = ['FULL_NAMES', 'DIAGNOSES', 'HAM10000_DIAGNOSES', 'ARCHIVE_DIAGNOSES', 'SEVEN', 'EIGHT', 'DATASETS', 'TABLE',
-           'IMAGE_ENDINGS', 'READERS', 'REJECTED', 'names_in', 'about', 'classes_of', 'find_images', 'read_dataset',
-           'account_counts', 'account_error']
+           'IMAGE_ENDINGS', 'READERS', 'REJECTED', 'names_in', 'about', 'classes_of', 'image_paths', 'by_name',
+           'find_images', 'read_dataset', 'account_counts', 'account_error']
 
 # %% ../../nbs/data/01_catalog.ipynb #7abc2a8b
 FULL_NAMES = {
@@ -106,18 +106,31 @@ TABLE = pa.DataFrameSchema({
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png')
 
 
-def find_images(
+def image_paths(
     folder: str | Path,  # searched with all its sub-folders
-) -> dict[str, str]:  # name without ending -> path relative to folder
-    "Every image file below a folder, by name; of equal names the first in order of path."
+) -> list[str]:  # relative to folder, sorted
+    "Every image file below a folder."
     found = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith('.'))
         inside = Path(root).relative_to(folder)
         prefix = '' if inside == Path() else inside.as_posix() + '/'
-        found += [(prefix + f, os.path.splitext(f)[0]) for f in files
-                  if f.lower().endswith(IMAGE_ENDINGS) and not f.startswith('.')]
-    return {name: path for path, name in sorted(found, reverse=True)}
+        found += [prefix + f for f in files if f.lower().endswith(IMAGE_ENDINGS) and not f.startswith('.')]
+    return sorted(found)
+
+
+def by_name(
+    paths: list[str],  # sorted
+) -> dict[str, str]:  # name without ending -> path
+    "Image files by name; of equal names the first."
+    return {os.path.splitext(os.path.basename(path))[0]: path for path in reversed(paths)}
+
+
+def find_images(
+    folder: str | Path,  # searched with all its sub-folders
+) -> dict[str, str]:  # name without ending -> path relative to folder
+    "Every image file below a folder, by name."
+    return by_name(image_paths(folder))
 
 # %% ../../nbs/data/01_catalog.ipynb #382a955a
 def _find_table(folder: Path, *patterns) -> Path:

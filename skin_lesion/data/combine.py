@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .catalog import TABLE, find_images, names_in, read_dataset
+from .catalog import TABLE, by_name, image_paths, names_in, read_dataset
 from .duplicates import similarity
 
 # %% auto #0
@@ -54,18 +54,24 @@ def merge_tables(
     return rows[~again].reset_index(drop=True), rows.image_id[again].tolist()
 
 # %% ../../nbs/data/01a_combine.ipynb #c0b1000a
+def _below(folder: str, paths: list[str]) -> list[str]:
+    return [p.removeprefix(f'{folder}/') for p in paths if p.startswith(f'{folder}/')]
+
+
 def read_datasets(
     dataset: str,         # a name of the catalog, or several with commas between them
     folder: str | Path,   # of the data set; of several, the folder that holds theirs
+    paths: list[str] | None = None,  # of the images, relative to the folder; None looks in it
 ) -> tuple[pd.DataFrame, dict]:  # as of `read_dataset`
     "One table and one accounting of several data sets. Raises `ValueError` as `read_dataset` does, and for a folder that is missing."
     names, folder = names_in(dataset), Path(folder)
-    if len(names) == 1: return read_dataset(dataset, folder)
+    paths = image_paths(folder) if paths is None else sorted(paths)
+    if len(names) == 1: return read_dataset(dataset, folder, by_name(paths))
     if missing := [n for n in names if not (folder/n).is_dir()]:
         raise ValueError(f'{folder} holds no folder {" and no folder ".join(missing)}; for {dataset} it must hold one folder a data set: '
                          f'{", ".join(names)}; move them there, or name the folder that holds them (--data-dir)')
     names = sorted(names, key=AUTHORITY.index)
-    files = {image: f'{n}/{path}' for n in reversed(names) for image, path in find_images(folder/n).items()}
+    files = {image: f'{n}/{path}' for n in reversed(names) for image, path in by_name(_below(n, paths)).items()}
     tables, accountings = zip(*(read_dataset(n, folder/n, files) for n in names))
     table, repeated = merge_tables(tables)
     total = {k: sum((a[k] for a in accountings), type(v)()) for k, v in accountings[0].items() if k != 'dataset'}

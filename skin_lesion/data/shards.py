@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .catalog import about, classes_of
+from .catalog import about, classes_of, image_paths
 from .duplicates import SIDE, fingerprint
 from .images import ImageError, load_square
 
 # %% auto #0
-__all__ = ['CHUNK', 'SHARD', 'ROWS', 'MANIFEST', 'check_space', 'save_whole', 'Packed', 'pack_images', 'drop_unreadable',
-           'write_shards', 'Shards']
+__all__ = ['CHUNK', 'TABLES', 'SHARD', 'ROWS', 'MANIFEST', 'check_space', 'save_whole', 'Packed', 'decode_part', 'Decoded',
+           'decoded_before', 'pack_images', 'drop_unreadable', 'write_shards', 'Shards']
 
 # %% ../../nbs/data/06_shards.ipynb #4cb737e7
 def check_space(
@@ -118,16 +118,82 @@ def _write_chunk(path: Path, pixels: np.ndarray, made: dict):
     save_whole(path, lambda f: np.save(f, pixels), pixels.nbytes)
     save_whole(path.with_suffix('.json'), lambda f: f.write(json.dumps(made).encode()), 1000)
 
+# %% ../../nbs/data/06_shards.ipynb #5b6c8abf
+TABLES = ('.csv', '')  # endings of what `READERS` read; HAM10000_metadata has none
+
+
+def decode_part(
+    raw: str | Path,  # folder of a data set, or some of its files
+    out: str | Path,  # folder, the same on all hosts in the end
+    host: str,  # begins the names of what this host writes
+    size: int,  # pixels, the side of the squares
+) -> int:  # images
+    "Decodes the images of one host and copies the tables; `OSError` (ENOSPC) if the disk is too small, before anything is decoded."
+    raw, out = Path(raw), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for table in sorted(f for f in raw.rglob('*') if f.is_file() and f.suffix in TABLES):
+        target = out/table.relative_to(raw)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(table, target)
+    paths, rows = image_paths(raw), []
+    check_space(out, len(paths)*size*size*3)
+    with ThreadPoolExecutor() as threads, tqdm(total=len(paths), unit='image', desc='decode', disable=None) as bar:
+        for n, start in enumerate(range(0, len(paths), CHUNK)):
+            these, file = paths[start:start + CHUNK], out/f'{host}-{n:05}.npy'
+            pixels, reasons = _decode([raw/p for p in these], size, threads)
+            save_whole(file, lambda f, p=pixels: np.save(f, p), pixels.nbytes)
+            rows += [(path, file.name, i, reasons.get(i)) for i, path in enumerate(these)]
+            bar.update(len(these))
+            if bar.disable: print(f'decoded {len(rows):,} of {len(paths):,} images', flush=True)
+    index = pd.DataFrame(rows, columns=['path', 'file', 'row', 'reason']).astype({'path': str, 'file': str, 'row': int, 'reason': object})
+    save_whole(out/f'{host}.squares.parquet', index.to_parquet, 1_000_000)
+    return len(paths)
+
+# %% ../../nbs/data/06_shards.ipynb #0552ccb3
+class Decoded:
+    "The squares that `decode_part` has written on all hosts; `paths` are the images, in the data set's folder."
+    def __init__(
+        self,
+        folder: str | Path,  # joined from all hosts
+        size: int,  # pixels, that is needed
+    ):
+        self.folder = Path(folder)
+        self.index = pd.concat(map(pd.read_parquet, sorted(self.folder.glob('*.squares.parquet')))).set_index('path')
+        for name in self.index.file.unique()[:1]:
+            if (found := np.load(self.folder/name, mmap_mode='r').shape[1]) != size:
+                raise ValueError(f'{self.folder} holds squares of {found} pixels; data.image_size is {size}; run decode again with this size')
+
+    @property
+    def paths(self) -> list[str]: return self.index.index.tolist()
+
+    def squares(self, paths: list[str], size: int) -> tuple[np.ndarray, dict[int, str]]:
+        "Squares of the files, and why some of them could not be read."
+        pixels, rows = np.zeros((len(paths), size, size, 3), np.uint8), self.index.loc[paths]
+        for name in rows.file.unique():
+            here = (rows.file == name).to_numpy()
+            pixels[here] = np.load(self.folder/name, mmap_mode='r')[rows.row[here].to_numpy()]
+        return pixels, {i: why for i, why in enumerate(rows.reason) if isinstance(why, str)}
+
+
+def decoded_before(
+    folder: str | Path,  # of a data set, or of what `decode_part` made of it
+    size: int,  # pixels
+) -> Decoded | None:
+    "What other hosts have decoded, or None. Raises `ValueError` if its squares have another size."
+    return Decoded(folder, size) if any(Path(folder).glob('*.squares.parquet')) else None
+
 # %% ../../nbs/data/06_shards.ipynb #d26022f7
 def pack_images(
     table: pd.DataFrame,  # image_id, path
     folder: str | Path,  # that the paths are relative to
     size: int,  # pixels, the side of the squares
     work: str | Path,  # for the chunks; what an earlier run left there is used
+    decoded: Decoded | None = None,  # by other hosts, in `folder`
 ) -> Packed:
     "Decodes every image once; `OSError` (ENOSPC) if the disk is too small, before anything is decoded."
     work, ids = Path(work), table.image_id.tolist()
-    files = [Path(folder)/p for p in table.path]
+    paths = table.path.tolist()
+    files = [Path(folder)/(decoded.index.file[p] if decoded else p) for p in paths]
     starts = range(0, len(ids), CHUNK)
     chunks = [work/f'chunk-{n:05}.npy' for n in range(len(starts))]
     work.mkdir(parents=True, exist_ok=True)
@@ -140,7 +206,7 @@ def pack_images(
             key = _chunk_key(files[these], ids[these], size)
             found = _read_chunk(chunk, key)
             if found is None:
-                pixels, reasons = _decode(files[these], size, threads)
+                pixels, reasons = decoded.squares(paths[these], size) if decoded else _decode(files[these], size, threads)
                 found = pixels, {ids[start + i]: why for i, why in reasons.items()}
                 _write_chunk(chunk, pixels, {'key': key, 'unreadable': found[1]})
             prints.write(fingerprint(found[0]))

@@ -44,7 +44,7 @@ def fill_inputs(name: str, roots: dict[str, Path]):
             shutil.copytree(source, target)
             continue
         pack(source, target/'model.tar.gz')
-    if name == 'prepare':
+    if name in ('decode', 'prepare'):
         from skin_lesion.data.sample import write_sample  # draws with numpy and OpenCV, which no other step waits for here
         write_sample(root/'processing'/'input'/'raw', lesions=24, seed=1)
     if name == 'evaluate':

@@ -327,7 +327,8 @@ def _run(name: str, args: list[str], notebook: Path, root: Path, stop: Stop):
     "One step in its root; raises StepError."
     try: values = coerce(read_arguments(args) + read_hyperparameters(root), read_parameters(notebook))
     except ValueError as e: raise StepError(f'{name}: {e}') from None
-    saved = report_folder(root, name)/notebook.name
+    host, hosts, _ = job_hosts(root)  # their reports join in one folder
+    saved = report_folder(root, name)/(notebook.name if host == hosts[0] else f'{notebook.stem}.{host}.ipynb')
     for folder in [saved.parent, *declared_outputs(root, name)]: folder.mkdir(parents=True, exist_ok=True)
     progress = Progress()
     with kernel_for(root, stop) as kernel: wrong = execute(notebook, values, saved, kernel, progress)
