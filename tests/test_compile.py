@@ -88,7 +88,10 @@ def test_with_several_hosts_prepare_reads_what_they_have_decoded(definition):
     spread = json.loads(compile_pipeline("training", settings))
     assert unsafe_jobs(spread) == [] and validate(spread) == []
     decode, prepare = spread["Steps"][:2]
-    assert (decode["Name"], decode["Arguments"]["ProcessingResources"]["ClusterConfig"]["InstanceCount"]) == ("decode", 3)
+    assert (decode["Name"], decode["Arguments"]["ProcessingResources"]["ClusterConfig"]["InstanceCount"]) == (
+        "decode",
+        3,
+    )
     raw = decode["Arguments"]["ProcessingInputs"][0]["S3Input"]
     assert raw["S3DataDistributionType"] == "ShardedByS3Key" and raw["S3Uri"] == {"Get": "Parameters.InputData"}
     assert "Steps.decode." in prepare["Arguments"]["ProcessingInputs"][0]["S3Input"]["S3Uri"]["Get"]
