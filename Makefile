@@ -31,6 +31,10 @@ bench: install  ## the long checks, and the figures under bench/
 bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; figures under bench/
 	pytest tests/test_bench_training.py -m slow -s
 
+bench-monitoring: install  ## false alarms and power of the drift alarm on real pictures, beside Evidently; figures under bench/
+	test -x .venv-evidently/bin/python || ( uv venv -q .venv-evidently && VIRTUAL_ENV=.venv-evidently uv pip install -q evidently==0.7.23 'pandas<3' )
+	pytest tests/test_bench_monitoring.py -m slow -s
+
 lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
 	ruff check pipelines tests nbs
 	ruff format --check pipelines tests
@@ -52,5 +56,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training lint definitions readme hooks lock
+.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock
 .DEFAULT_GOAL := help

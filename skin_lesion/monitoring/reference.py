@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load, save
+from scipy.sparse.linalg import svds
 
 # %% auto #0
 __all__ = ['BINS', 'AXES', 'WAVES', 'REFERENCE', 'design_effect', 'bin_counts', 'label_counts', 'Reference', 'fit_reference',
@@ -44,9 +45,9 @@ def _waves(projected: np.ndarray, frequency: np.ndarray, phase: np.ndarray) -> n
 def _principal(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Centre, and axes scaled so that each projection has a standard deviation of one."
     centre = features.mean(axis=0)
-    _, size, axes = np.linalg.svd(features - centre, full_matrices=False)
-    keep = min(AXES, int((size > 1e-6*max(size[0], 1e-12)).sum()))
-    return centre, (axes[:keep]/np.maximum(size[:keep, None], 1e-12)*np.sqrt(len(features))).T
+    _, size, axes = svds(features - centre, min(AXES, *np.subtract(features.shape, 1)), rng=0)
+    keep = size > 1e-6*size.max()
+    return centre, (axes[keep]/size[keep, None]*np.sqrt(len(features))).T
 
 
 def _frequencies(projected: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,216 @@
+"""Drift on real pictures: how often an alarm is false, and how often drift is found; `make bench-monitoring`, figures under
+bench/. Features are those of the ImageNet-pretrained Lite0; diagnoses are given by a logistic regression on them that was
+fitted on a quarter of the lesions, which no reference and no window holds."""
+
+import json
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, keep
+from scipy.stats import binomtest, ks_2samp
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from skin_lesion.data.catalog import image_paths, read_dataset
+from skin_lesion.data.images import decode, to_square
+from skin_lesion.monitoring.drift import Window, compare
+from skin_lesion.monitoring.properties import PROPERTIES, properties_table
+from skin_lesion.monitoring.reference import fit_reference
+from skin_lesion.training.models import Classifier, load_pretrained
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
+SIZE, REFERENCE, WINDOW = 128, 1500, 200
+ALONE, FOUND = 1000, 100  # windows without drift, of each size; windows with drift, of each kind
+EVIDENTLY = ROOT / ".venv-evidently/bin/python"  # its release wants an older pandas than ours
+COMPARE = """
+import json, sys
+import pandas as pd
+from evidently import Dataset, Report
+from evidently.presets import DataDriftPreset
+def drifted(reference, window):
+    run = Report([DataDriftPreset()]).run(Dataset.from_pandas(pd.DataFrame(window)), Dataset.from_pandas(pd.DataFrame(reference)))
+    value = next(m for m in run.dict()["metrics"] if "DriftedColumnsCount" in m["metric_name"])["value"]
+    return value["share"] >= 0.5
+print(json.dumps([bool(drifted(*pair)) for pair in json.load(sys.stdin)]))
+"""
+CHANGES = {
+    "blur, sigma 2": lambda x: cv2.GaussianBlur(x, (0, 0), 2),
+    "20% darker": lambda x: (x * 0.8).astype(np.uint8),
+    "colour cast": lambda x: np.clip(x * [1.08, 1, 0.94], 0, 255).astype(np.uint8),
+    "JPEG quality 30": lambda x: cv2.imdecode(cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, 30])[1], 1),
+}
+MUST_BE_FOUND = ("blur, sigma 2", "20% darker", "another source", "BCN20000", "phone photos")
+
+
+class Pool:
+    """Pictures as the monitor sees them: properties, features and the diagnosis given."""
+
+    def __init__(self, files, network, change=lambda x: x):
+        with ThreadPoolExecutor(2) as threads:
+            squares = np.stack(list(threads.map(lambda f: to_square(change(decode(f, square=SIZE)), SIZE), files)))
+        self.properties, features = properties_table(squares), []
+        with torch.inference_mode():
+            for i in range(0, len(squares), 64):
+                x = network.normalise(torch.from_numpy(squares[i : i + 64]))
+                features.append(network.net.forward_head(network.net.forward_features(x), pre_logits=True).numpy())
+        self.features = np.concatenate(features)
+
+    def answer(self, head):
+        p = head.predict_proba(self.features)
+        self.numbers = self.properties.assign(
+            confidence=p.max(axis=1), malignant=p[:, [k in ("MEL", "BCC") for k in head.classes_]].sum(axis=1)
+        )
+        self.labels = pd.DataFrame({"diagnosis": head.classes_[p.argmax(axis=1)]})
+        return self
+
+    def window(self, reference, rows):
+        return Window(reference).add(
+            self.numbers.iloc[rows], self.labels.iloc[rows], reference.project(self.features[rows])
+        )
+
+
+def share(hits):
+    """The share of hits with its 95% interval (Wilson)."""
+    found = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
+    return {
+        "share": round(float(np.mean(hits)), 3),
+        "low": round(found.low, 3),
+        "high": round(found.high, 3),
+        "windows": len(hits),
+    }
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_pretrained(Classifier("efficientnet_lite0", 7), "efficientnet_lite0").eval()
+
+
+@pytest.fixture(scope="module")
+def real(shared_data, network):
+    """HAM10000's table, its pictures, and the regression that diagnoses them; rows of the regression's lesions are gone."""
+    table, _ = read_dataset("ham10000", shared_data / "ham10000")
+    lesions = np.random.default_rng(0).permutation(table.lesion_id.unique())
+    taught = table.lesion_id.isin(lesions[: len(lesions) // 4]).to_numpy()
+    pool = Pool([shared_data / "ham10000" / p for p in table.path], network)
+    head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300)).fit(
+        pool.features[taught], table.diagnosis[taught]
+    )
+    rest = np.flatnonzero(~taught)
+    pool.answer(head)
+    return table, pool, head, rest
+
+
+def draw(lesions, rows, rng, window):
+    """Rows of a reference and of a window that share no lesion."""
+    order = pd.Series(rng.permutation(rows))
+    code = order.map(dict(zip(rows, pd.factorize(lesions[rows])[0])))
+    place = pd.Series(rng.permutation(code.max() + 1))[code].to_numpy()
+    sorted_rows, place = order.to_numpy()[np.argsort(place, kind="stable")], np.sort(place)
+    first = sorted_rows[:REFERENCE]
+    after = sorted_rows[place > place[REFERENCE - 1]]
+    return first, after[:window]
+
+
+def refer(pool, lesions, rows):
+    return fit_reference(pool.numbers.iloc[rows], pool.labels.iloc[rows], pool.features[rows], lesions[rows])
+
+
+def naive(pool, first, rows):
+    return any(
+        ks_2samp(pool.numbers[c].iloc[first].dropna(), pool.numbers[c].iloc[rows].dropna()).pvalue < 0.05
+        for c in PROPERTIES
+    )
+
+
+def evidently(pairs):
+    """Evidently's own verdict, dataset drift by its defaults, on the same numbers and labels."""
+    if not EVIDENTLY.exists():
+        return {"not run": "make bench-monitoring installs Evidently in .venv-evidently"}
+    columns = lambda pool, rows: (
+        pool.numbers.join(pool.labels).iloc[rows].astype(object).where(lambda t: t.notna(), None).to_dict("list")
+    )
+    text = json.dumps([[columns(a, i), columns(b, j)] for a, i, b, j in pairs])
+    done = subprocess.run(
+        [EVIDENTLY, "-c", COMPARE], input=text, capture_output=True, text=True, env=os.environ | {"DO_NOT_TRACK": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return share(json.loads(done.stdout))
+
+
+def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, network, real):
+    table, pool, head, rest = real
+    lesions, source, rng, figures = table.lesion_id.to_numpy(), table.source.to_numpy(), np.random.default_rng(1), {}
+    figures["without drift"] = {}
+    for size in (50, 500, 2500):
+        alarms, simple, pairs = [], [], []
+        for n in range(ALONE):
+            first, rows = draw(lesions, rest, rng, size)
+            alarms.append(compare(pool.window(refer(pool, lesions, first), rows)).alarm.any())
+            simple.append(naive(pool, first, rows))
+            if n < FOUND:
+                pairs.append((pool, first, pool, rows))
+        found = {"ours": share(alarms), "any property with p < 0.05": share(simple), "Evidently": evidently(pairs)}
+        figures["without drift"][f"{size:,} images"] = found
+        print(size, found, flush=True)
+
+    def detect(name, pairs):
+        alarms = [
+            compare(other.window(refer(pool, lesions, first), rows)).alarm.any() for _, first, other, rows in pairs
+        ]
+        figures["with drift"][name] = {"ours": share(alarms), "Evidently": evidently(pairs)}
+        print(name, figures["with drift"][name], flush=True)
+
+    figures["with drift"] = {}
+    some = rng.choice(rest, 2500, replace=False)
+    others = rest[~np.isin(lesions[rest], lesions[some])]
+    for name, change in CHANGES.items():
+        changed = Pool([shared_data / "ham10000" / table.path[i] for i in some], network, change).answer(head)
+        detect(
+            name,
+            [
+                (pool, draw(lesions, others, rng, 0)[0], changed, rng.choice(len(some), WINDOW, replace=False))
+                for _ in range(FOUND)
+            ],
+        )
+    modern, rosendahl = (rest[source[rest] == s] for s in ("vidir_modern", "rosendahl"))
+    detect(
+        "another source",
+        [
+            (pool, rng.choice(modern, REFERENCE, replace=False), pool, rng.choice(rosendahl, WINDOW, replace=False))
+            for _ in range(FOUND)
+        ],
+    )
+    folder = shared_data / "isic2019"
+    isic, _ = read_dataset("isic2019", folder)
+    bcn = [folder / p for p in isic.path[isic.source == "BCN"]]
+    foreign = {
+        "BCN20000": bcn,
+        "phone photos": [shared_data / "pad_ufes_20" / p for p in image_paths(shared_data / "pad_ufes_20")],
+    }
+    for name, files in foreign.items():
+        far = Pool(files, network).answer(head)
+        n = min(WINDOW, len(files))
+        detect(
+            name, [(pool, draw(lesions, rest, rng, 0)[0], far, rng.permutation(len(files))[:n]) for _ in range(FOUND)]
+        )
+    figures["with drift"]["BCN20000"]["images a window"] = len(bcn)
+    melanoma = table.diagnosis.to_numpy() == "MEL"
+
+    def doubled():
+        first, rows = draw(lesions, rest, rng, 2500)
+        weight = 1.0 + melanoma[rows]
+        return pool, first, pool, rng.choice(rows, WINDOW, replace=False, p=weight / weight.sum())
+
+    detect("twice as many melanomas", [doubled() for _ in range(FOUND)])
+    keep("drift", figures)
+    for size, found in figures["without drift"].items():
+        assert found["ours"]["low"] <= 0.05, f"{size}: more false alarms than the rate"
+    for name in MUST_BE_FOUND:
+        assert figures["with drift"][name]["ours"]["share"] >= 0.9, name
