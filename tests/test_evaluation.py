@@ -15,14 +15,19 @@ from sklearn.linear_model import LogisticRegression
 from skin_lesion.data.catalog import read_dataset
 from skin_lesion.data.duplicates import near_duplicates
 from skin_lesion.data.sample import write_sample
+from skin_lesion.data.images import load_square
 from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import prove_split, split_table
+from skin_lesion.data.unknown import write_unknown
 from skin_lesion.evaluation import calibration as c
+from skin_lesion.evaluation.conformal import prediction_sets
 from skin_lesion.evaluation.gate import compare_with_champion, gate, number_for_gate
 from skin_lesion.evaluation.metrics import calibration_error, not_estimable
 from skin_lesion.evaluation.model_card import model_card
 from skin_lesion.evaluation.subgroups import age_band, subgroups
+from skin_lesion.evaluation.unknown import Unknown
 from skin_lesion.serving.package import lesion_hash, pack
+from skin_lesion.serving.predictor import Graph
 
 SIZE = 32
 
@@ -151,14 +156,17 @@ def linear_graph(folder, weights, bias):
         h.make_node("Cast", ["images"], ["x"], to=t.FLOAT),
         h.make_node("Transpose", ["x"], ["nchw"], perm=[0, 3, 1, 2]),
         h.make_node("AveragePool", ["nchw"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
-        h.make_node("Flatten", ["pooled"], ["flat"]),
-        h.make_node("Gemm", ["flat", "w", "b"], ["logits"]),
+        h.make_node("Flatten", ["pooled"], ["features"]),
+        h.make_node("Gemm", ["features", "w", "b"], ["logits"]),
     ]
     graph = h.make_graph(
         nodes,
         "linear",
         [h.make_tensor_value_info("images", t.UINT8, ["n", SIZE, SIZE, 3])],
-        [h.make_tensor_value_info("logits", t.FLOAT, ["n", len(bias)])],
+        [
+            h.make_tensor_value_info("logits", t.FLOAT, ["n", len(bias)]),
+            h.make_tensor_value_info("features", t.FLOAT, ["n", len(weights)]),
+        ],
         [onnx.numpy_helper.from_array(np.float32(weights), "w"), onnx.numpy_helper.from_array(np.float32(bias), "b")],
     )
     onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 18)], ir_version=10), folder / "model.onnx")
@@ -214,6 +222,7 @@ def make_root(folder, prepared, scale=5, champion=None, extra=()):
     for part in ("validation", "test", "table"):
         (inputs / part).symlink_to(base / part)
     pack(write_model(folder / "made", shards, scale, extra), inputs / "model" / "model.tar.gz")
+    write_unknown(inputs / "unknown", images=40)
     (inputs / "champion").mkdir()
     (inputs / "champion" / "champion.json").write_text(json.dumps({"version": None if champion is None else 3}))
     if champion is not None:
@@ -244,7 +253,12 @@ def evaluated(prepared, tmp_path_factory):
 def test_step_writes_what_the_gate_and_the_package_read(prepared, evaluated):
     root, evaluation, _ = evaluated
     out = root / "processing" / "output" / "evaluation"
-    assert sorted(f.name for f in out.iterdir()) == ["calibration.json", "evaluation.json", "predictions.parquet"]
+    assert sorted(f.name for f in out.iterdir()) == [
+        "calibration.json",
+        "evaluation.json",
+        "predictions.parquet",
+        "unknown.safetensors",
+    ]
     for path in ("balanced_accuracy.low", "melanoma_sensitivity.value", "champion.difference", "champion.margin_left"):
         first, second = path.split(".")
         assert isinstance(evaluation[first][second], float), path
@@ -255,6 +269,39 @@ def test_step_writes_what_the_gate_and_the_package_read(prepared, evaluated):
     assert calibration["temperature"] == evaluation["calibration"]["temperature"] > 1.5
     assert evaluation["calibration"]["after"]["log_loss"] < evaluation["calibration"]["before"]["log_loss"]
     assert evaluation["gate"]["passed"] is False and "balanced accuracy" in evaluation["gate"]["reasons"][0]
+
+
+def test_step_says_what_the_model_does_not_know(evaluated):
+    root, evaluation, _ = evaluated
+    out = root / "processing" / "output" / "evaluation"
+    calibration = json.loads((out / "calibration.json").read_text())
+    unknown = Unknown.load(out)
+    assert calibration["unknown"]["threshold"] == unknown.threshold == evaluation["unknown"]["threshold"]
+    assert "drawn by a program" in calibration["unknown"]["about"] and calibration["unknown"]["share"] == 0.05
+    graph = Graph(root / "made")
+    pages = np.stack([load_square(f, SIZE) for f in sorted((root / "processing/input/unknown").glob("document*"))])
+    test = Shards(root / "processing/input/test")[:]
+    page, known = (unknown.score(graph.features(x), graph.logits(x)) for x in (pages, test))
+    assert np.median(page) > np.quantile(known, 0.9), "a printed page is less known than a lesion"
+    assert evaluation["unknown"]["drawn"] and evaluation["unknown"]["not_dermoscopic"]["low"] > 0.5
+    classes = evaluation["classes"]
+    assert list(calibration["sets"]["thresholds"]) == classes and calibration["sets"]["coverage"] == 0.9
+    assert calibration["abstain"]["confidence"] == evaluation["abstain"]["confidence"]
+    found = pd.read_parquet(out / "predictions.parquet")
+    sets = prediction_sets(found[classes].to_numpy(), list(calibration["sets"]["thresholds"].values()))
+    inside = sets[np.arange(len(found)), found.diagnosis.map(classes.index)]
+    by_lesion = pd.Series(inside).groupby(found.lesion_id.to_numpy()).mean().mean()
+    assert evaluation["sets"]["coverage"]["value"] == pytest.approx(by_lesion)
+    below = found[classes].max(axis=1) < calibration["abstain"]["confidence"]
+    assert evaluation["abstain"]["share"]["value"] == pytest.approx(below.mean())
+
+
+def test_an_empty_folder_of_unknown_pictures_is_refused(prepared, tmp_path):
+    root = make_root(tmp_path / "d", prepared)
+    for file in (root / "processing/input/unknown").glob("*.jpg"):
+        file.unlink()
+    done = evaluate(root)
+    assert done.returncode != 0 and "skin-lesion data unknown" in done.stderr
 
 
 def test_predictions_give_the_reported_numbers(prepared, evaluated):
