@@ -54,14 +54,15 @@ def ask(server, body, kind="image/png", path="/invocations", **headers):
     return requests.post(server.url + path, body, headers={"Content-Type": kind, **headers}, timeout=30)
 
 
-def raw(server, data, wait=5.0):
+def raw(server, data, end=True):
     """What comes back for bytes that need not be HTTP."""
     host, port = server.address.split(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
         try:
             connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: connection.recv(65536), b""))
+            if end:
+                connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b"")) if end else connection.recv(65536)
         except (ConnectionError, TimeoutError):
             return b""
 
@@ -136,12 +137,13 @@ def test_csv_is_the_isic_format(server):
 
 
 def test_what_the_client_sends_along_comes_back(server):
-    answer = ask(server, PNG, **{ATTRIBUTES: "trace=7; a=ü".encode("latin1"), "X_Request_Id": "mine-1"})
-    assert answer.headers[ATTRIBUTES] == "trace=7; a=ü" and answer.json()["request_id"] == "mine-1"
+    answer = ask(server, PNG, **{ATTRIBUTES: "trace=7; a=b", "X_Request_Id": "mine-1"})
+    assert answer.headers[ATTRIBUTES] == "trace=7; a=b" and answer.json()["request_id"] == "mine-1"
     refused = ask(server, b"x", **{ATTRIBUTES: "trace=8", "X_Request_Id": "not ours!"})
     assert refused.status_code == 400 and refused.headers[ATTRIBUTES] == "trace=8"
     assert len(refused.json()["request_id"]) == 32
-    assert ask(server, PNG, **{ATTRIBUTES: "a" * 1025}).status_code == 400
+    for wrong in ("a" * 1025, "ü".encode("latin1"), "ü".encode()):
+        assert ask(server, PNG, **{ATTRIBUTES: wrong}).status_code == 400
 
 
 def test_explain_for_pictures_is_asked_in_the_address(server):
@@ -169,7 +171,7 @@ BOMB = b"\x89PNG\r\n\x1a\n" + b"".join(
         (b"hello", "image/png", "*/*", 400, "not an image"),
         (picture(format="GIF"), "image/png", "*/*", 400, "GIF; it must be a JPEG, PNG or BMP"),
         (PNG[:300], "image/png", "*/*", 400, "damaged or truncated"),
-        (BOMB, "image/png", "*/*", 400, "40000 x 40000 are more than 50,000,000 pixels"),
+        (BOMB, "image/png", "*/*", 400, "more than 50,000,000 pixels"),
         (PNG, "text/plain", "*/*", 415, "'text/plain' is not known"),
         (PNG, "image/png", "text/html", 406, "cannot be met"),
         (b"{", "application/json", "*/*", 400, "not valid JSON"),
@@ -201,7 +203,7 @@ def test_bodies_over_the_limit_are_refused_before_they_are_read(server):
     assert requests.post(server.url + "/invocations", parts, headers={"Content-Type": "image/png"}).status_code == 413
     started = time.monotonic()
     head = b"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 99999999999\r\n\r\n"
-    assert raw(server, head).startswith(b"HTTP/1.1 413") and time.monotonic() - started < 5
+    assert raw(server, head, end=False).startswith(b"HTTP/1.1 413") and time.monotonic() - started < 5
 
 
 def test_other_addresses_and_methods(server):

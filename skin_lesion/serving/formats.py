@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_TYPES', 'ACCEPTED', 'ANSWERED', 'Refusal', 'Asked', 'Request', 'parse', 'choose', 'render']
 
-# %% ../../nbs/serving/04a_formats.ipynb #76044f44
+# %% ../../nbs/serving/04a_formats.ipynb #9c2bcffd
 import base64
 import binascii
 import csv
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..data.images import MAX_PIXELS, MIN_SIDE, ImageError, Picture, read_picture
 
-# %% ../../nbs/serving/04a_formats.ipynb #346a8ba5
+# %% ../../nbs/serving/04a_formats.ipynb #5b12641e
 class Refusal(ValueError):
     "A request that is not answered: an HTTP status of 4xx or 5xx, and the reason."
     def __init__(self, status: int, reason: str):
@@ -38,7 +38,7 @@ class Request(NamedTuple):
     explain: bool = False
     lines: bool = False      # asked as JSON Lines, whose faults are told line by line
 
-# %% ../../nbs/serving/04a_formats.ipynb #d61e9690
+# %% ../../nbs/serving/04a_formats.ipynb #06400fc7
 _SEXES = ('female', 'male', 'other', 'unknown')
 
 
@@ -67,7 +67,7 @@ def _item(item, where: str, number: int, size: int) -> Asked:
         kind = '' if isinstance(error, ImageError) else '"image" is not base64: '
         raise Refusal(400, f'{where}{kind}{error}') from None
 
-# %% ../../nbs/serving/04a_formats.ipynb #35ab1b31
+# %% ../../nbs/serving/04a_formats.ipynb #bd826ba8
 def _json(text: bytes | str, where: str = ''):
     try: return json.loads(text)
     except (ValueError, RecursionError) as error: raise Refusal(400, f'{where}not valid JSON: {str(error)[:100]}') from None
@@ -99,14 +99,14 @@ def _from_lines(body: bytes, size: int) -> Request:
     if not any(a.picture for a in asked): raise Refusal(400, f'none of {len(lines)} lines can be used; line 1: {asked[0].error}')
     return Request(asked, explain, lines=True)
 
-# %% ../../nbs/serving/04a_formats.ipynb #5e6db90b
+# %% ../../nbs/serving/04a_formats.ipynb #397f9ce2
 def _from_npy(body: bytes) -> Request:
     file = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = header(file)
-    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError):
+    except Exception:  # NumPy lets through whatever its tokenizer and parser raise
         raise Refusal(400, 'the body is not an array of np.save, format version 1 or 2') from None
     if dtype != np.uint8 or fortran: raise Refusal(400, f'the array is {dtype}{", Fortran order" * fortran}; it must be uint8 in C order')
     if len(shape) not in (3, 4) or shape[-1] != 3: raise Refusal(400, f'the array has shape {shape}; it must be (N, H, W, 3) or (H, W, 3), RGB')
@@ -118,7 +118,7 @@ def _from_npy(body: bytes) -> Request:
     pixels = np.frombuffer(body, np.uint8, offset=file.tell()).reshape(count, height, width, 3)
     return Request([Asked(Picture(image, (width, height), 'NPY'), f'image_{k}', {}) for k, image in enumerate(pixels, 1)])
 
-# %% ../../nbs/serving/04a_formats.ipynb #72a0b8c7
+# %% ../../nbs/serving/04a_formats.ipynb #aa8ec245
 IMAGE_TYPES = ('image/jpeg', 'image/png', 'image/bmp')
 ACCEPTED = (*IMAGE_TYPES, 'application/json', 'application/jsonlines', 'application/x-npy')
 
@@ -138,7 +138,7 @@ def parse(
     try: return Request([Asked(read_picture(body, size), 'image_1', {})])
     except ImageError as error: raise Refusal(400, str(error)) from None
 
-# %% ../../nbs/serving/04a_formats.ipynb #2924c81c
+# %% ../../nbs/serving/04a_formats.ipynb #cc8a3d77
 ANSWERED = ('application/json', 'application/jsonlines', 'text/csv')
 
 

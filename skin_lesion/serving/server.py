@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_SECONDS', 'UPLOADS', 'DRAIN_SECONDS', 'log', 'Metrics', 'Service', 'serve']
 
-# %% ../../nbs/serving/06_server.ipynb #235ad8da
+# %% ../../nbs/serving/06_server.ipynb #bd990c9b
 import asyncio
 import json
 import logging
@@ -35,7 +35,7 @@ from .formats import Refusal, Request, choose, parse, render
 from .package import unpack
 from ..settings import project_file
 
-# %% ../../nbs/serving/06_server.ipynb #672aa0de
+# %% ../../nbs/serving/06_server.ipynb #dbd7674e
 _logger = logging.getLogger('skin_lesion.server')
 
 
@@ -44,6 +44,7 @@ def _start_log() -> logging.handlers.QueueListener:
     waiting = queue.Queue(10_000)
     _logger.handlers, _logger.propagate = [logging.handlers.QueueHandler(waiting)], False
     _logger.setLevel(logging.INFO)
+    logging.getLogger('aiohttp.server').setLevel(logging.CRITICAL)  # it would print what clients sent
     listener = logging.handlers.QueueListener(waiting, logging.StreamHandler(sys.stdout))
     listener.start()
     return listener
@@ -53,7 +54,7 @@ def log(event: str, **fields):
     "Writes a line of the log."
     _logger.info(json.dumps({'time': datetime.now(timezone.utc).isoformat(timespec='milliseconds'), 'event': event, **fields}))
 
-# %% ../../nbs/serving/06_server.ipynb #59aebd2c
+# %% ../../nbs/serving/06_server.ipynb #190a6b35
 class Metrics:
     "Counts and times of a worker."
     def __init__(self):
@@ -78,7 +79,7 @@ class Metrics:
         multiprocess.MultiProcessCollector(together)
         return generate_latest(together)
 
-# %% ../../nbs/serving/06_server.ipynb #932432e4
+# %% ../../nbs/serving/06_server.ipynb #3ccb5bac
 READ_SECONDS = 10    # for a body
 UPLOADS = 256        # bodies being read at the same time
 DRAIN_SECONDS = 25   # SageMaker kills 30 s after SIGTERM
@@ -159,7 +160,7 @@ class Service:
         wanted = headers.get(_INFERENCE) or headers.get('X-Request-Id', '')
         request_id = wanted if re.fullmatch(r'[\w.-]{1,128}', wanted, re.ASCII) else uuid.uuid4().hex
         reply, told = {'X-Request-Id': request_id}, {}
-        if _ATTRIBUTES in headers: reply[_ATTRIBUTES] = headers[_ATTRIBUTES]
+        if re.fullmatch(r'[ -~]{1,1024}', headers.get(_ATTRIBUTES, '')): reply[_ATTRIBUTES] = headers[_ATTRIBUTES]
         try:
             async with asyncio.timeout(self.options['deadline']): kind, body = await self._invoke(request, request_id, told)
             response = web.Response(body=body, headers=reply | {'Content-Type': kind})
@@ -179,7 +180,7 @@ class Service:
     async def _invoke(self, request: web.Request, request_id: str, told: dict) -> tuple[str, bytes]:
         "The content type and body of the answer. Raises `Refusal` or `Overloaded`. `told` goes into the log."
         attributes = request.headers.get(_ATTRIBUTES, '')
-        if len(attributes) > 1024: raise Refusal(400, f'{_ATTRIBUTES} has {len(attributes):,} characters; at most 1024 are allowed')
+        if not re.fullmatch(r'[ -~]{0,1024}', attributes): raise Refusal(400, f'{_ATTRIBUTES} must be at most 1024 characters of ASCII; {len(attributes):,} came')
         form = choose(request.headers.get('Accept', ''))
         explain = {'true': True, 'false': False, '': False}.get(request.query.get('explain', '').lower())
         if explain is None: raise Refusal(400, f'explain={request.query["explain"][:40]} must be true or false')
@@ -240,7 +241,7 @@ class Service:
         self.capture.put(record(content_type, body if self.options['capture_pictures'] else None, properties,
                                 {'predictions': said, **common}, common['request_id'], datetime.now(timezone.utc)))
 
-# %% ../../nbs/serving/06_server.ipynb #5ba168a1
+# %% ../../nbs/serving/06_server.ipynb #e3054a17
 async def _work(listener: socket.socket, package: Path, options: dict, threads: int, parent: int):
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, stop.set)
@@ -267,12 +268,12 @@ def _worker(listener: socket.socket, package: Path, options: dict, threads: int,
     signal.set_wakeup_fd(-1)
     lines = _start_log()
     try: asyncio.run(_work(listener, package, options, threads, parent))
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of the package, ONNX Runtime, the settings: it will not go better the next time
         log('failed', error=f'{type(error).__name__}: {error}'[:500])
         sys.exit(3)
     finally: lines.stop()
 
-# %% ../../nbs/serving/06_server.ipynb #7ee5c2d5
+# %% ../../nbs/serving/06_server.ipynb #29deeee3
 def _listen(host: str, port: int) -> socket.socket:
     listener = socket.create_server((host, port), backlog=1024)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
