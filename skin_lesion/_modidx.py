@@ -1079,6 +1079,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'skin_lesion/serving/server.py'),
                                             'skin_lesion.serving.server.Service.root': ( 'serving/server.html#service.root',
                                                                                          'skin_lesion/serving/server.py'),
+                                            'skin_lesion.serving.server._cores': ( 'serving/server.html#_cores',
+                                                                                   'skin_lesion/serving/server.py'),
                                             'skin_lesion.serving.server._listen': ( 'serving/server.html#_listen',
                                                                                     'skin_lesion/serving/server.py'),
                                             'skin_lesion.serving.server._start_log': ( 'serving/server.html#_start_log',

@@ -295,12 +295,16 @@ def test_ten_thousand_malformed_bodies(server, figures):
     assert not [line for line in server.lines if line["event"] in ("error", "worker ended")]
 
 
-def test_requests_made_from_the_description(server):
+def test_requests_made_from_the_description(server, tmp_path):
     pytest.importorskip("schemathesis", reason="schemathesis is not installed (pip install schemathesis)")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     words = [server.url + "/openapi.json", "--checks", checks, "--max-examples", "100", "--no-color"]
     done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", *words], capture_output=True, text=True, timeout=1200
+        [sys.executable, "-m", "schemathesis.cli", "run", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert not [line for line in server.lines if line["event"] in ("error", "worker ended")]

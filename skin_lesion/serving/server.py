@@ -281,6 +281,14 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _cores() -> int:
+    "Cores that this process may use, within its container's quota (cgroup v2)."
+    cores = len(os.sched_getaffinity(0))
+    try: quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+    except (OSError, ValueError): return cores
+    return cores if quota == 'max' else max(1, min(cores, -(-int(quota) // int(period))))
+
+
 def _stop(workers: list):
     "SIGTERM to all, again each second in case it came too early; SIGKILL before SageMaker would."
     end = time.monotonic() + DRAIN_SECONDS + 3
@@ -312,7 +320,7 @@ def _supervise(listener: socket.socket, package: Path, options: dict) -> int:
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: None)
-    threads = max(1, len(os.sched_getaffinity(0)) // options['workers'])
+    threads = max(1, _cores() // options['workers'])
     context, starts = multiprocessing.get_context('fork'), []
     print(json.dumps({'event': 'listening', 'address': '{}:{}'.format(*listener.getsockname()), 'pid': os.getpid()}), flush=True)
     def start():
