@@ -31,6 +31,9 @@ bench: install  ## the long checks, and the figures under bench/
 bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; figures under bench/
 	pytest tests/test_bench_training.py -m slow -s
 
+image-test: install  ## builds both images with podman and runs them; needs podman, runc and, without a registry, mmdebstrap
+	pytest tests/test_images_build.py -m 'slow or not slow' --timeout 3600 -s
+
 lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
 	ruff check pipelines tests nbs
 	ruff format --check pipelines tests
@@ -52,5 +55,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training lint definitions readme hooks lock
+.PHONY: help install run test notebooks bench bench-training image-test lint definitions readme hooks lock
 .DEFAULT_GOAL := help
