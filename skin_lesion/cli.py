@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
-           'search', 'runs', 'step', 'models', 'approve', 'predict']
+           'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -345,3 +345,30 @@ def predict(model, images, out, prevalence):
     for reason in refused: click.echo(f'left out: {reason}', err=True)
     click.echo(f'{len(names)} pictures in {out}, {len(refused)} left out')
     if refused: sys.exit(1)
+
+
+@main.command()
+@click.argument('model', type=Place(path_type=str))
+@click.argument('source', metavar='INPUT')
+@click.argument('output', type=click.Path(dir_okay=False, path_type=Path))
+@click.option('--prevalence', type=click.Choice(['equal', 'dataset']), default='equal', show_default=True,
+              help='Class shares that the probabilities assume, as in `predict`.')
+def batch(model, source, output, prevalence):
+    """Probabilities of all pictures of INPUT by MODEL, in order and in bounded memory: a long `predict`.
+
+    INPUT is a folder, an s3:// prefix, or a list: a text file with a path a line, a .csv with a column `path`, or a SageMaker
+    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A picture that
+    cannot be used has its reason in `refused`. After an interruption the same command goes on where it was."""
+    from skin_lesion.cloud.upload import list_objects, read_object
+    from skin_lesion.serving.batch import batch as run_batch
+    from skin_lesion.serving.batch import ENDINGS, file_content, pictures_in, pictures_of_list
+    click.echo('Research use only; not for diagnosis.', err=True)
+    if source.startswith('s3://'): pictures = [p for p in list_objects(source) if Path(p[0]).suffix.lower() in ENDINGS]
+    elif Path(source).is_dir(): pictures = pictures_in(Path(source))
+    elif Path(source).is_file(): pictures = pictures_of_list(Path(source))
+    else: raise click.UsageError(f'There is no folder or list {source}.')
+    if not pictures: raise click.UsageError(f'There is no picture in {source}.')
+    content = lambda place: read_object(place) if place.startswith('s3://') else file_content(place)
+    total, refused = run_batch(_package(model), pictures, output, prevalence, content)
+    click.echo(f'{total:,} pictures in {output}, {refused:,} of them refused')
+
