@@ -402,6 +402,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'skin_lesion/data/unknown.py')},
             'skin_lesion.evaluation.calibration': { 'skin_lesion.evaluation.calibration._log_shares': ( 'evaluation/calibration.html#_log_shares',
                                                                                                         'skin_lesion/evaluation/calibration.py'),
+                                                    'skin_lesion.evaluation.calibration._log_softmax': ( 'evaluation/calibration.html#_log_softmax',
+                                                                                                         'skin_lesion/evaluation/calibration.py'),
                                                     'skin_lesion.evaluation.calibration.at_prevalence': ( 'evaluation/calibration.html#at_prevalence',
                                                                                                           'skin_lesion/evaluation/calibration.py'),
                                                     'skin_lesion.evaluation.calibration.compare_calibration': ( 'evaluation/calibration.html#compare_calibration',
