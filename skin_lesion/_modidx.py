@@ -949,6 +949,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'skin_lesion/serving/answer.py'),
                                             'skin_lesion.serving.answer.Answerer.__init__': ( 'serving/answer.html#answerer.__init__',
                                                                                               'skin_lesion/serving/answer.py'),
+                                            'skin_lesion.serving.answer.Answerer._doubts': ( 'serving/answer.html#answerer._doubts',
+                                                                                             'skin_lesion/serving/answer.py'),
                                             'skin_lesion.serving.answer.Answerer.answer': ( 'serving/answer.html#answerer.answer',
                                                                                             'skin_lesion/serving/answer.py'),
                                             'skin_lesion.serving.answer.Answerer.answer_files': ( 'serving/answer.html#answerer.answer_files',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTICE', 'MALIGNANT', 'measure', 'overlay', 'content_version', 'Answerer']
 
-# %% ../../nbs/serving/04_answer.ipynb #83ec8ce9
+# %% ../../nbs/serving/04_answer.ipynb #f8897203
 import base64
 import hashlib
 from pathlib import Path
@@ -15,10 +15,11 @@ import numpy as np
 
 from ..data.images import Picture, read_picture, to_square
 from ..evaluation.calibration import probabilities
+from ..evaluation.conformal import prediction_sets
 from .predictor import Predictor
 from .quality import faults, quality
 
-# %% ../../nbs/serving/04_answer.ipynb #18f068d7
+# %% ../../nbs/serving/04_answer.ipynb #d5bbcfbe
 NOTICE = 'Research use only. Not a medical device, not for diagnosis.'
 MALIGNANT = ('MEL', 'BCC', 'SCC')
 
@@ -31,7 +32,7 @@ def measure(
     square = to_square(picture.pixels, image_size)
     return square, quality(square, picture.size)
 
-# %% ../../nbs/serving/04_answer.ipynb #8f82136c
+# %% ../../nbs/serving/04_answer.ipynb #62ef68da
 def overlay(
     square: np.ndarray,  # (S, S, 3), uint8
     class_map: np.ndarray,  # (h, w), of one class
@@ -43,7 +44,7 @@ def overlay(
     blended = cv2.addWeighted(square[:, :, ::-1], 0.6, colours, 0.4, 0)  # OpenCV's order: blue, green, red
     return base64.b64encode(cv2.imencode('.png', blended)[1].tobytes()).decode()
 
-# %% ../../nbs/serving/04_answer.ipynb #c38cdf8b
+# %% ../../nbs/serving/04_answer.ipynb #3af38f35
 def content_version(
     folder: Path,  # an unpacked package
 ) -> str:          # 12 hexadecimal digits
@@ -53,7 +54,7 @@ def content_version(
         with path.open('rb') as file: digest.update(f'{path.name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/serving/04_answer.ipynb #d6fc327c
+# %% ../../nbs/serving/04_answer.ipynb #14fa2537
 class Answerer(Predictor):
     "A model package that gives whole answers."
     def __init__(self,
@@ -63,6 +64,11 @@ class Answerer(Predictor):
         super().__init__(package, threads)
         self.about = {'architecture': self.model['architecture'], 'version': content_version(self.folder),
                       'dataset': self.model['dataset'], 'synthetic': self.model['synthetic']}
+        calibration = self.model['calibration']
+        self.sets, self.abstain, self.unknown = calibration.get('sets'), calibration.get('abstain'), None
+        if (self.folder/'unknown.safetensors').exists():
+            from skin_lesion.evaluation.unknown import Unknown
+            self.unknown = Unknown.load(self.folder)
         self.why_no_maps = '' if 'maps' in self.outputs else (
             f'explain is not possible: this package has no class activation maps. Either the network ({self.model["architecture"]}) has '
             'none, or the package is older than they are; train again to get them')
@@ -72,7 +78,7 @@ class Answerer(Predictor):
         explain: bool,              # maps, too
     ) -> list[dict]:                # a picture's row of each output of the graph
         "One run of the network."
-        names = ['logits'] + ['maps']*(explain and not self.why_no_maps)
+        names = ['logits'] + ['features']*bool(self.unknown) + ['maps']*(explain and not self.why_no_maps)
         return [dict(zip(names, rows)) for rows in zip(*self.run(names, np.stack(squares), len(squares)))]
 
     def answer(self,
@@ -85,11 +91,23 @@ class Answerer(Predictor):
         p = probabilities(row['logits'][None], self.model['calibration']['temperature'], self.model['logit_shares'])[0]
         share = dict(zip(self.classes, p.round(6).tolist()))
         top, malignant = self.classes[p.argmax()], [share[c] for c in MALIGNANT if c in share]
-        reasons = faults(measured, self.image_size)
+        unknown = round(float(self.unknown.score(row['features'][None], row['logits'][None])[0]), 4) if self.unknown else None
+        reasons = self._doubts(p.max(), unknown) + faults(measured, self.image_size)
+        kept = prediction_sets(p[None], self.sets['thresholds'])[0] if self.sets else None
         found = {'diagnosis': top, 'decision': 'abstain' if reasons else top, 'reasons': reasons, 'probabilities': share,
                  'malignant': round(sum(malignant), 6) if malignant else None, 'actinic_keratosis': share.get('AK'),
-                 'prediction_set': None, 'coverage': None, 'unknown': None, 'quality': measured}
+                 'prediction_set': [c for c, k in zip(self.classes, kept) if k] if self.sets else None,
+                 'coverage': self.sets['coverage'] if self.sets else None, 'unknown': unknown, 'quality': measured}
         if explain: found['explanation'] = overlay(square, row['maps'][p.argmax()])
+        return found
+
+    def _doubts(self, confidence: float, unknown: float | None) -> list[dict]:  # {"reason", "value", "limit"}
+        "Why the network itself should not be believed."
+        found = []
+        if unknown is not None and unknown > self.unknown.threshold:
+            found.append({'reason': 'not like the training pictures', 'value': unknown, 'limit': round(float(self.unknown.threshold), 4)})
+        if self.abstain and confidence < self.abstain['confidence']:
+            found.append({'reason': 'low confidence', 'value': round(float(confidence), 4), 'limit': round(self.abstain['confidence'], 4)})
         return found
 
     def answer_files(self,
