@@ -6,10 +6,10 @@ import subprocess
 import time
 
 import numpy as np
-import onnx
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from conftest import colours_package
 from moto import mock_aws
 from PIL import Image
 
@@ -21,28 +21,8 @@ from skin_lesion.serving.package import pack
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A package whose graph averages each colour: real code around a network that needs no training."""
-    folder, helper = tmp_path_factory.mktemp("package"), onnx.helper
-    nodes = [
-        helper.make_node("Cast", ["images"], ["x"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["x", "axes"], ["logits"], keepdims=0),
-    ]
-    inputs = [helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n", 32, 32, 3])]
-    outputs = [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 3])]
-    axes = [helper.make_tensor("axes", onnx.TensorProto.INT64, [2], [1, 2])]
-    graph = helper.make_graph(nodes, "mean", inputs, outputs, axes)
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), folder / "model.onnx")
-    about = {
-        "classes": ["MEL", "NV", "BCC"],
-        "image_size": 32,
-        "synthetic": True,
-        "calibration": {"temperature": 20.0},
-        "logit_shares": [1 / 3] * 3,
-        "class_shares": [0.1, 0.8, 0.1],
-    }
-    (folder / "model.json").write_text(json.dumps(about))
-    return pack(folder, tmp_path_factory.mktemp("model") / "model.tar.gz")
+    folder = tmp_path_factory.mktemp("model")
+    return pack(colours_package(folder / "package"), folder / "model.tar.gz")
 
 
 @pytest.fixture

@@ -227,7 +227,9 @@ def test_the_serving_image_answers_without_network_on_a_read_only_root_in_little
             f"user {user}: first 200 of /ping after {seconds:.2f} s, /invocations in {1000 * found['seconds']:.0f} ms"
         )
         (good, answer), (bad, reason) = found["answers"]
-        assert good == 200 and sum(json.loads(answer)["predictions"][0]["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+        assert good == 200 and sum(json.loads(answer)["predictions"][0]["probabilities"].values()) == pytest.approx(
+            1, abs=1e-3
+        )
         assert 400 <= bad < 500 and reason
         assert not found["torch"]
         assert seconds < 3
