@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
-           'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'serve']
+           'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown', 'serve']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -373,6 +373,42 @@ def batch(model, source, output, prevalence):
     content = lambda place: read_object(place) if place.startswith('s3://') else file_content(place)
     total, refused = run_batch(_package(model), pictures, output, prevalence, content)
     click.echo(f'{total:,} pictures in {output}, {refused:,} of them refused')
+
+
+@main.command()
+@click.argument('version', type=int, required=False)
+@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@click.option('--port', default=0, help='Of a local server; a free one when left out.')
+@set_option
+def deploy(version, place, port, pairs):
+    """Deploys the approved VERSION, or the newest approved one, as the endpoint of setting serving.endpoint.
+
+    It must answer smoke pictures first. A second time it replaces what is there, and goes back to that if it fails."""
+    loaded = load_settings(_overrides(pairs))
+    if place == 'sagemaker':
+        from skin_lesion.cloud.endpoint import deploy as deploy_endpoint
+        return deploy_endpoint(loaded, version, echo=click.echo)
+    from skin_lesion.cloud.deploy import approved, deploy_locally
+    root = Path(loaded['local.runs'].value)
+    found = approved(root, loaded['aws.model_package_group'].value, version)
+    state = deploy_locally(found, root/'endpoints'/loaded['serving.endpoint'].value, port)
+    click.echo(f"version {state['version']} answers at {state['address']} (a page is there, too); skin-lesion teardown stops it")
+
+
+@main.command()
+@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@set_option
+def teardown(place, pairs):
+    "Takes the endpoint of setting serving.endpoint down, with everything that `deploy` made for it."
+    loaded = load_settings(_overrides(pairs))
+    name = loaded['serving.endpoint'].value
+    if place == 'sagemaker':
+        from skin_lesion.cloud.endpoint import teardown as teardown_endpoint
+        teardown_endpoint(loaded)
+    else:
+        from skin_lesion.cloud.deploy import teardown_locally
+        teardown_locally(Path(loaded['local.runs'].value)/'endpoints'/name)
+    click.echo(f'{name} is not there any more')
 
 
 # %% ../nbs/90_cli.ipynb #fd8ac2a6
