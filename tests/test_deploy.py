@@ -297,3 +297,17 @@ def test_a_local_endpoint_is_replaced_by_one_that_answers_and_kept_from_one_that
     finally:
         assert run("teardown").exit_code == 0 and run("teardown").exit_code == 0
     assert read_endpoint(endpoint) is None and len(list(endpoint.glob("*.log"))) >= 1
+
+
+def test_the_pipeline_probes_the_approved_version_here_and_refuses_when_there_is_none(folder, project, tmp_path):
+    none = project.cli("run", "deploy")
+    assert none.returncode == 1 and "No version is approved" in none.stdout + none.stderr
+    root = project.work / "runs"
+    register(pack(folder, tmp_path / "model.tar.gz"), {"ModelPackageGroupName": GROUP}, root)
+    approve(root, 1)
+    done = project.cli("run", "deploy")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(next(root.rglob("deployment.json")).read_text())
+    assert (found["version"], found["place"], found["configuration"]) == (1, "local", None)
+    assert [list(answer["probabilities"]) for answer in found["answers"]] == [["MEL", "NV", "AK"]] * 2
+    assert not (project.work / "data").exists()  # no sample is drawn for it
