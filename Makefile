@@ -31,6 +31,9 @@ bench: install  ## the long checks, and the figures under bench/
 bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; figures under bench/
 	pytest tests/test_bench_training.py -m slow -s
 
+bench-serving: install  ## the endpoint beside plain servers, under load, overload and malformed bodies; figures under bench/
+	pytest tests/test_bench_serving.py -m slow -s
+
 image-test: install  ## builds both images with podman and runs them; needs podman, runc and, without a registry, mmdebstrap
 	pytest tests/test_images_build.py -m 'slow or not slow' --timeout 3600 -s
 
@@ -55,5 +58,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training image-test lint definitions readme hooks lock
+.PHONY: help install run test notebooks bench bench-training bench-serving image-test lint definitions readme hooks lock
 .DEFAULT_GOAL := help

@@ -51,6 +51,8 @@ def fill_inputs(name: str, roots: dict[str, Path]):
         write_sample(root/'processing'/'input'/'raw', lesions=24, seed=1)
     if name == 'deploy': (root/'processing'/'input'/'champion'/'champion.json').write_text(json.dumps({'version': 1}))
     if name == 'evaluate':
+        from skin_lesion.data.unknown import write_unknown
+        write_unknown(root/'processing'/'input'/'unknown', images=12)
         (root/'processing'/'input'/'champion').mkdir(parents=True)
         (root/'processing'/'input'/'champion'/'champion.json').write_text(json.dumps({'version': None}))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_SECONDS', 'UPLOADS', 'DRAIN_SECONDS', 'log', 'Metrics', 'Service', 'serve']
 
-# %% ../../nbs/serving/06_server.ipynb #bd990c9b
+# %% ../../nbs/serving/06_server.ipynb #85a3926a
 import asyncio
 import json
 import logging
@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from .formats import Refusal, Request, choose, parse, render
 from .package import unpack
 from ..settings import project_file
 
-# %% ../../nbs/serving/06_server.ipynb #dbd7674e
+# %% ../../nbs/serving/06_server.ipynb #5e6b4bbd
 _logger = logging.getLogger('skin_lesion.server')
 
 
@@ -52,9 +52,9 @@ def _start_log() -> logging.handlers.QueueListener:
 
 def log(event: str, **fields):
     "Writes a line of the log."
-    _logger.info(json.dumps({'time': datetime.now(timezone.utc).isoformat(timespec='milliseconds'), 'event': event, **fields}))
+    _logger.info(json.dumps({'time': datetime.now(UTC).isoformat(timespec='milliseconds'), 'event': event, **fields}))
 
-# %% ../../nbs/serving/06_server.ipynb #190a6b35
+# %% ../../nbs/serving/06_server.ipynb #625f0f00
 class Metrics:
     "Counts and times of a worker."
     def __init__(self):
@@ -79,7 +79,7 @@ class Metrics:
         multiprocess.MultiProcessCollector(together)
         return generate_latest(together)
 
-# %% ../../nbs/serving/06_server.ipynb #3ccb5bac
+# %% ../../nbs/serving/06_server.ipynb #9aafd92e
 READ_SECONDS = 10    # for a body
 UPLOADS = 256        # bodies being read at the same time
 DRAIN_SECONDS = 25   # SageMaker kills 30 s after SIGTERM
@@ -239,9 +239,9 @@ class Service:
         said = [{name: value for name, value in answer.items() if name != 'explanation'} for answer in answers]
         properties = [answer.get('quality', {}) | asked.patient for asked, answer in zip(sent.asked, answers)]
         self.capture.put(record(content_type, body if self.options['capture_pictures'] else None, properties,
-                                {'predictions': said, **common}, common['request_id'], datetime.now(timezone.utc)))
+                                {'predictions': said, **common}, common['request_id'], datetime.now(UTC)))
 
-# %% ../../nbs/serving/06_server.ipynb #e3054a17
+# %% ../../nbs/serving/06_server.ipynb #fa894664
 async def _work(listener: socket.socket, package: Path, options: dict, threads: int, parent: int):
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, stop.set)
@@ -273,7 +273,7 @@ def _worker(listener: socket.socket, package: Path, options: dict, threads: int,
         sys.exit(3)
     finally: lines.stop()
 
-# %% ../../nbs/serving/06_server.ipynb #29deeee3
+# %% ../../nbs/serving/06_server.ipynb #8133e791
 def _listen(host: str, port: int) -> socket.socket:
     listener = socket.create_server((host, port), backlog=1024)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -313,7 +313,7 @@ def _supervise(listener: socket.socket, package: Path, options: dict) -> int:
     signal.set_wakeup_fd(waker.fileno())
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: None)
     threads = max(1, len(os.sched_getaffinity(0)) // options['workers'])
-    context, starts, lines = multiprocessing.get_context('fork'), [], None
+    context, starts = multiprocessing.get_context('fork'), []
     print(json.dumps({'event': 'listening', 'address': '{}:{}'.format(*listener.getsockname()), 'pid': os.getpid()}), flush=True)
     def start():
         starts.append(time.monotonic())
