@@ -618,6 +618,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'skin_lesion/evaluation/unknown.py'),
                                                 'skin_lesion.evaluation.unknown._logistic': ( 'evaluation/unknown.html#_logistic',
                                                                                               'skin_lesion/evaluation/unknown.py'),
+                                                'skin_lesion.evaluation.unknown._logistic_of': ( 'evaluation/unknown.html#_logistic_of',
+                                                                                                 'skin_lesion/evaluation/unknown.py'),
                                                 'skin_lesion.evaluation.unknown._not_dermoscopic': ( 'evaluation/unknown.html#_not_dermoscopic',
                                                                                                      'skin_lesion/evaluation/unknown.py'),
                                                 'skin_lesion.evaluation.unknown.fit_reference': ( 'evaluation/unknown.html#fit_reference',
