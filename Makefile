@@ -38,6 +38,9 @@ bench-monitoring: install  ## false alarms and power of the drift alarm on real 
 bench-serving: install  ## the endpoint beside plain servers, under load, overload and malformed bodies; figures under bench/
 	pytest tests/test_bench_serving.py -m slow -s
 
+image-test: install  ## builds both images with podman and runs them; needs podman, runc and, without a registry, mmdebstrap
+	pytest tests/test_images_build.py -m 'slow or not slow' --timeout 3600 -s
+
 lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
 	ruff check pipelines tests nbs
 	ruff format --check pipelines tests
@@ -48,7 +51,7 @@ lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would chan
 	{ echo "Differs: run nbdev-export, nbdev-clean and make readme, and commit."; exit 1; }; done
 
 definitions: install  ## pipelines/definitions from pipelines/
-	for name in training experiments search; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
+	for name in training experiments search deploy; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
 
 readme: install  ## README.md from nbs/index.ipynb
 	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md
@@ -59,5 +62,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving
+.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test
 .DEFAULT_GOAL := help

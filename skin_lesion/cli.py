@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_unknown', 'data_download', 'data_upload', 'data_duplicates', 'data_features',
-           'compile_', 'run_', 'search', 'runs', 'step', 'models', 'approve', 'predict', 'serve']
+           'compile_', 'run_', 'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown',
+           'serve']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -361,6 +362,69 @@ def predict(model, images, out, prevalence):
     for reason in refused: click.echo(f'left out: {reason}', err=True)
     click.echo(f'{len(names)} pictures in {out}, {len(refused)} left out')
     if refused: sys.exit(1)
+
+
+@main.command()
+@click.argument('model', type=Place(path_type=str))
+@click.argument('source', metavar='INPUT')
+@click.argument('output', type=click.Path(dir_okay=False, path_type=Path))
+@click.option('--prevalence', type=click.Choice(['equal', 'dataset']), default='equal', show_default=True,
+              help='Class shares that the probabilities assume, as in `predict`.')
+def batch(model, source, output, prevalence):
+    """Probabilities of all pictures of INPUT by MODEL, in order and in bounded memory: a long `predict`.
+
+    INPUT is a folder, an s3:// prefix, or a list: a text file with a path a line, a .csv with a column `path`, or a SageMaker
+    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A picture that
+    cannot be used has its reason in `refused`. After an interruption the same command goes on where it was."""
+    from skin_lesion.cloud.upload import list_objects, read_object
+    from skin_lesion.serving.batch import batch as run_batch
+    from skin_lesion.serving.batch import ENDINGS, file_content, pictures_in, pictures_of_list
+    click.echo('Research use only; not for diagnosis.', err=True)
+    if source.startswith('s3://'): pictures = [p for p in list_objects(source) if Path(p[0]).suffix.lower() in ENDINGS]
+    elif Path(source).is_dir(): pictures = pictures_in(Path(source))
+    elif Path(source).is_file(): pictures = pictures_of_list(Path(source))
+    else: raise click.UsageError(f'There is no folder or list {source}.')
+    if not pictures: raise click.UsageError(f'There is no picture in {source}.')
+    content = lambda place: read_object(place) if place.startswith('s3://') else file_content(place)
+    total, refused = run_batch(_package(model), pictures, output, prevalence, content)
+    click.echo(f'{total:,} pictures in {output}, {refused:,} of them refused')
+
+
+@main.command()
+@click.argument('version', type=int, required=False)
+@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@click.option('--port', default=0, help='Of a local server; a free one when left out.')
+@set_option
+def deploy(version, place, port, pairs):
+    """Deploys the approved VERSION, or the newest approved one, as the endpoint of setting serving.endpoint.
+
+    It must answer smoke pictures first. A second time it replaces what is there, and goes back to that if it fails."""
+    loaded = load_settings(_overrides(pairs))
+    if place == 'sagemaker':
+        from skin_lesion.cloud.endpoint import deploy as deploy_endpoint
+        return deploy_endpoint(loaded, version, echo=click.echo)
+    from skin_lesion.cloud.deploy import approved, deploy_locally
+    root = Path(loaded['local.runs'].value)
+    found = approved(root, loaded['aws.model_package_group'].value, version)
+    state = deploy_locally(found, root/'endpoints'/loaded['serving.endpoint'].value, port)
+    click.echo(f"version {state['version']} answers at {state['address']} (a page is there, too); skin-lesion teardown stops it")
+
+
+@main.command()
+@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@set_option
+def teardown(place, pairs):
+    "Takes the endpoint of setting serving.endpoint down, with everything that `deploy` made for it."
+    loaded = load_settings(_overrides(pairs))
+    name = loaded['serving.endpoint'].value
+    if place == 'sagemaker':
+        from skin_lesion.cloud.endpoint import teardown as teardown_endpoint
+        teardown_endpoint(loaded)
+    else:
+        from skin_lesion.cloud.deploy import teardown_locally
+        teardown_locally(Path(loaded['local.runs'].value)/'endpoints'/name)
+    click.echo(f'{name} is not there any more')
+
 
 # %% ../nbs/90_cli.ipynb #fd8ac2a6
 @main.command()

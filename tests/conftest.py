@@ -65,6 +65,9 @@ class Project:
         for name in ("skin_lesion", "pipelines", "nbs/steps"):
             shutil.copytree(ROOT / name, self.code / name, ignore=ignore)
         shutil.copy(ROOT / "settings.ini", self.code)
+        (self.code / "nbs" / "serving").mkdir()
+        for name in ("page.html", "openapi.json"):
+            shutil.copy(ROOT / "nbs" / "serving" / name, self.code / "nbs" / "serving")
         self.env = os.environ | {"PYTHONPATH": str(self.code), "SKIN_LESION_COMMIT": "test", "OMP_NUM_THREADS": "1"}
 
     def command(self, *words) -> list[str]:

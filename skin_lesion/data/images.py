@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -159,18 +159,24 @@ def load_square(
 
 # %% ../../nbs/data/02_images.ipynb #d2e8f1a6
 def read_squares(
-    files: list[Path],
+    files: list,  # paths, or what `content` takes
     size: int,  # S, pixels
-    chunk: int = 64,  # pictures held in memory
-) -> Iterator[tuple[list[Path], np.ndarray, list[str]]]:  # a chunk's readable files, their (n, S, S, 3) uint8, the reasons of the others
-    "The squares of picture files, in their order."
+    chunk: int = 64,  # pictures of a round; two rounds are held in memory
+    content: Callable | None = None,  # gives the bytes of one of `files`, or raises `ImageError`; None reads paths
+) -> Iterator[tuple[list, np.ndarray, list[str]]]:  # a chunk's readable files, their (n, S, S, 3) uint8, the reasons of the others
+    "The squares of picture files, in their order. A chunk is decoded while the caller works on the one before."
     def read(file):
-        try: return load_square(file, size)
+        try: return load_square(content(file) if content else file, size)
         except ImageError as error: return error
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    def begin(start): return [(file, pool.submit(read, file)) for file in files[start:start + chunk]]
+    try:
+        ahead = begin(0)
         for start in range(0, len(files), chunk):
-            these = files[start:start + chunk]
-            found = list(zip(these, pool.map(read, these)))
+            these, ahead = ahead, begin(start + chunk)
+            found = [(file, future.result()) for file, future in these]
             good = [(file, image) for file, image in found if not isinstance(image, ImageError)]
             images = np.stack([image for _, image in good]) if good else np.zeros((0, size, size, 3), np.uint8)
             yield [file for file, _ in good], images, [str(error) for _, error in found if isinstance(error, ImageError)]
+    finally: pool.shutdown(cancel_futures=True)
+

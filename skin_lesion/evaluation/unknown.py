@@ -10,11 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from scipy.linalg import eigh
-from scipy.optimize import minimize
-from scipy.special import expit, logsumexp
 
-from ..data.splits import LeakError
 from .metrics import _ratio, count_lesions, interval, lesion_weights, mean_of_defined, not_estimable, ranking
 
 # %% auto #0
@@ -29,6 +25,7 @@ def fit_reference(
     axes: int,  # K, at most D
 ) -> tuple[np.ndarray, np.ndarray]:  # (D,) mean; (D, K) orthonormal principal axes
     "Where known pictures lie: mean and principal axes of the features."
+    from scipy.linalg import eigh  # here, as all of SciPy: serving imports this module and has none
     mean = features.mean(0, dtype=np.float64)
     x, d = features - mean, features.shape[1]
     return mean, eigh(x.T @ x/len(x), subset_by_index=(d - min(axes, d), d - 1))[1]
@@ -43,10 +40,13 @@ def signs(
     "The terms of ViM (Wang et al. 2022): energy and residual; higher is less known."
     x = np.asarray(features, np.float64) - mean
     residual = np.clip((x**2).sum(1) - ((x @ axes)**2).sum(1), 0, None)/x.shape[1]
-    return np.stack([-logsumexp(np.asarray(logits, np.float64), axis=1), np.log(residual + 1e-9)], axis=1)
+    return np.stack([-np.logaddexp.reduce(np.asarray(logits, np.float64), axis=1), np.log(residual + 1e-9)], axis=1)
 
 # %% ../../nbs/evaluation/07_unknown.ipynb #a93db5b0
 FILE = 'unknown.safetensors'
+
+
+def _logistic_of(x): return .5 + .5*np.tanh(x/2)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Unknown:
         logits: np.ndarray,  # (N, C)
     ) -> np.ndarray:  # (N,), 0 to 1; the probability of being unknown where unknown pictures are as frequent as known ones
         "How little the model knows of these pictures."
-        return expit(signs(features, logits, self.mean, self.axes) @ self.weights + self.bias)
+        return _logistic_of(signs(features, logits, self.mean, self.axes) @ self.weights + self.bias)
 
     def save(self, folder: Path):
         "Writes unknown.safetensors into a folder."
@@ -108,6 +108,7 @@ def _folds(
 
 def _logistic(x: np.ndarray, unknown: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
     "Weights (at least 0) and bias of a logistic regression with a light ridge, which keeps them finite where a line separates the two."
+    from scipy.optimize import minimize
     mean, deviation = x.mean(0), x.std(0) + 1e-9
     z, sign = (x - mean)/deviation, np.where(unknown, 1, -1)
     loss = lambda w: weight @ np.logaddexp(0, -sign*(z @ w[:2] + w[2])) + 1e-3*(w[:2]**2).sum()
@@ -141,7 +142,7 @@ def fit_unknown(
     if not unknown: raise ValueError('one class and no other pictures: nothing is unknown to calibrate on; give pictures that are no dermoscopy (--unknown-dir)')
     weight = np.concatenate([np.full(len(known), 1/len(known)), np.concatenate(weight)/np.concatenate(weight).sum()])
     slopes, bias = _logistic(np.concatenate([known, *unknown]), np.arange(len(weight)) >= len(known), weight)
-    return Unknown(mean, whitened, slopes, bias, float(np.quantile(expit(known @ slopes + bias), 1 - SHARE)))
+    return Unknown(mean, whitened, slopes, bias, float(np.quantile(_logistic_of(known @ slopes + bias), 1 - SHARE)))
 
 # %% ../../nbs/evaluation/07_unknown.ipynb #628b4ce7
 def measure_unknown(
@@ -155,6 +156,7 @@ def measure_unknown(
     min_lesions: int = 10,  # a class with fewer, or fewer other pictures, is not estimable
 ) -> dict:  # {"per_class", "mean", "not_dermoscopic", "known_above", "not_dermoscopic_above"}, AUROC and shares with intervals
     "AUROC of the unknown score with intervals over lesions. Raises LeakError if a test lesion is part of the reference."
+    from skin_lesion.data.splits import LeakError  # here: it brings pandas and scikit-learn
     (reference, reference_y, reference_lesions), (features, logits, y, lesions) = validation, test
     if shared := set(np.asarray(lesions).astype(str)) & set(np.asarray(reference_lesions).astype(str)):
         raise LeakError(f'{len(shared)} lesions of the test pictures are in the reference of the unknown score; measure it on other lesions')
