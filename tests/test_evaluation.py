@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 
 from skin_lesion.data.catalog import read_dataset
 from skin_lesion.data.duplicates import near_duplicates
-from skin_lesion.data.sample import write_sample
 from skin_lesion.data.images import load_square
+from skin_lesion.data.sample import write_sample
 from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import prove_split, split_table
 from skin_lesion.data.unknown import write_unknown

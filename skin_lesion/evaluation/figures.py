@@ -186,7 +186,7 @@ def unknown_sheet(
     rows = max(1, -(-len(images)//columns))
     fig, axes = _axes(1.12*columns, 1.4*rows + .3, nrows=rows, ncols=columns, squeeze=False)
     for ax in axes.ravel(): ax.set_axis_off()
-    for ax, image, score, name in zip(axes.ravel(), images, scores, names, strict=False):
-        ax.imshow(image), ax.set_title(f'{name}\n{score:.3f}', fontsize=7)
+    for ax, image, value, name in zip(axes.ravel(), images, scores, names, strict=False):
+        ax.imshow(image), ax.set_title(f'{name}\n{value:.3f}', fontsize=7)
     fig.suptitle(_title('Least and most unknown', synthetic), fontsize=10)
     return fig
