@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, keep
+from conftest import ROOT
 from scipy.stats import binomtest, ks_2samp
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
