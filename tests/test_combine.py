@@ -99,7 +99,7 @@ def test_prepare_mixes_the_real_pictures(shared_data, tmp_path):
     raw.mkdir()
     for name in ("ham10000", "isic2019"):
         (raw / name).symlink_to(shared_data / name)
-    done, out = prepare(tmp_path / "root", raw, "--dataset", "isic2019,ham10000", "--allow-missing", "true")
+    done, out = prepare(tmp_path / "root", raw, "--dataset", "isic2019,ham10000", "--allow_missing", "true")
     assert done.returncode == 0, done.stderr
     table, proof = pd.read_parquet(out / "table" / "images.parquet"), read_json(out / "table" / "split_proof.json")
     accounting = account_counts(read_json(out / "table" / "accounting.json"))
