@@ -66,7 +66,7 @@ def test_a_poor_picture_is_warned_about_and_a_broken_file_refused(page, tmp_path
     assert "too dark" in page.inner_text("#reasons") and "limit 60" in page.inner_text("#reasons")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     page.set_input_files("#file", tmp_path / "broken.jpg")
-    page.wait_for_function("document.querySelector('#error').textContent")
+    page.wait_for_selector("#error:not(:empty)")
     assert "not an image" in page.inner_text("#error") and not page.is_visible("#answer")
 
 
