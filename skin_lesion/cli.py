@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
-           'search', 'runs', 'step', 'models', 'approve', 'predict']
+           'search', 'runs', 'step', 'models', 'approve', 'predict', 'serve']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def main():
     skin-lesion run training --dataset ham10000 --data-dir ~/ham10000
     skin-lesion run experiments                           several networks, one table
     skin-lesion predict runs/latest/model.tar.gz photos/  probabilities of a folder of pictures
+    skin-lesion serve runs/latest/model.tar.gz            an endpoint as on SageMaker, and a page to try it
     """
 
 # %% ../nbs/90_cli.ipynb #8d382c9e
@@ -345,3 +347,24 @@ def predict(model, images, out, prevalence):
     for reason in refused: click.echo(f'left out: {reason}', err=True)
     click.echo(f'{len(names)} pictures in {out}, {len(refused)} left out')
     if refused: sys.exit(1)
+
+# %% ../nbs/90_cli.ipynb #fd8ac2a6
+@main.command()
+@click.argument('model', required=False)
+@click.option('--port', default=8080, show_default=True, help='0 takes a free one; the first line of the output says which.')
+@click.option('--host', default='0.0.0.0', show_default=True)
+@click.option('--capture', metavar='DIR|S3', help='Keep requests and answers here (setting serving.capture).')
+@click.option('--workers', type=click.IntRange(1), help='Processes that share the port (setting serving.workers).')
+@set_option
+def serve(model, port, host, capture, workers, pairs):
+    """Serves MODEL, a model.tar.gz, a folder or a version of the local registry, by SageMaker's hosting contract.
+
+    Without MODEL, as a container is started by SageMaker: /opt/ml/model. The page for a browser is at /."""
+    from skin_lesion.serving.server import serve as serve_model
+    overrides = _overrides(pairs)
+    if capture: overrides['serving.capture'] = capture
+    if workers: overrides['serving.workers'] = str(workers)
+    loaded = load_settings(overrides)
+    options = {name.removeprefix('serving.'): s.value for name, s in loaded.items() if name.startswith('serving.')}
+    package = _package(model) if model else Path(os.environ.get('SKIN_LESION_ROOT', '/opt/ml'))/'model'
+    sys.exit(serve_model(package, options | {'kms_key': loaded['aws.kms_key'].value}, host, port))
