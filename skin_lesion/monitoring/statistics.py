@@ -65,8 +65,8 @@ class Statistics:
 
 # %% ../../nbs/monitoring/05a_statistics.ipynb #5c21845e
 def constraints(
-    statistics: dict,  # of `Statistics.to_json`, of the baseline
-    floor: float,      # effect below which a difference is a trifle, 0 to 1
+    statistics: dict,   # of `Statistics.to_json`, of the baseline
+    floor: float = .1,  # effect below which a difference is a trifle, 0 to 1
 ) -> dict:  # of Model Monitor's schema, version 0
     "The content of constraints.json."
     features = []
