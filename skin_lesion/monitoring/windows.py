@@ -98,7 +98,7 @@ def decide(
         compared = compare(tally.window, rate, floor) if enough else None
         found.append({'start': start.isoformat(), 'end': end.isoformat(), 'requests': tally.requests, 'pictures': tally.window.images,
                       'abstained': tally.abstained, 'ms': tally.percentiles(), 'alarm': bool(compared.alarm.any()) if enough else None,
-                      'aspects': json.loads(compared.reset_index().to_json(orient='records')) if enough else []})
+                      'aspects': compared.reset_index().to_dict('records') if enough else []})
     return found
 
 
