@@ -42,12 +42,12 @@ def _merge(old: int, new: int, counts: Counter) -> int:
 
 
 def read_labels(
-    place: Path,         # a .jsonl file, or a folder with such files somewhere below
+    place: Path,         # a file of JSON Lines, or a folder with .jsonl files somewhere below
     classes: list[str],  # of the model
 ) -> Labels:
-    "All labels. Memory grows with the labels, not with what was captured."
+    "All labels; none where the place is not there. Memory grows with the labels, not with what was captured."
     labels, index = Labels({}, {}, Counter()), {c: i for i, c in enumerate(classes)}
-    for path in sorted(place.rglob('*.jsonl')) if place.is_dir() else [place]:
+    for path in sorted(place.rglob('*.jsonl')) if place.is_dir() else [place]*place.is_file():
         hour = folder_hour(path)
         with path.open('rb') as file:
             for line in file:
@@ -92,9 +92,9 @@ class Judged:
             if diagnosis < 0: continue
             self.count += 1
             place = len(self.y) if len(self.y) < MOST else self.rng.integers(self.count)
+            if place >= MOST: continue
             for kept, new in zip((self.p, self.y, self.events, self.delays), (piece.probabilities[i], diagnosis, event, self._days(event, at))):
-                if place == len(kept): kept.append(new)
-                elif place < MOST: kept[place] = new
+                kept[place:place + 1] = [new]
         return self
 
     def _days(self, event: str, at: datetime) -> float:
