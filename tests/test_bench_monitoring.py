@@ -239,13 +239,14 @@ for piece in captures:
     statistics.add(piece.rows[NUMBERS], piece.rows[LABELS]), extremes.add(piece.rows, piece.projected)
 decided = decide(windows, 0.05, 0.1)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak/1024, "counts": dict(captures.counts), "windows": len(decided), "judged": judged.count}))
+print(json.dumps({"seconds": time.perf_counter() - began, "processor": time.process_time(), "peak": peak/1024, "counts": dict(captures.counts), "windows": len(decided), "judged": judged.count}))
 """
 
 
 def test_bench_monitor_cost(tmp_path):
     """Time and peak memory of a window of 10,000, 100,000 and 1,000,000 captured requests, 5,000 of them with a label: the
-    same loop as in the step, in a process of its own. VmHWM, because `ru_maxrss` would start at the parent's."""
+    same loop as in the step, in a process of its own. VmHWM, because `ru_maxrss` would start at the parent's. Processor
+    seconds, imports included, say what it costs where the machine is busy with others."""
     from skin_lesion.monitoring.example import write_example
 
     drawn, figures = write_example(tmp_path / "drawn", days=1), {}
@@ -277,6 +278,7 @@ def test_bench_monitor_cost(tmp_path):
         assert found["counts"]["requests"] == count and found["judged"] == 5_000, found
         figures[f"{count:,} records"] = {
             "seconds": round(found["seconds"], 1),
+            "processor seconds": round(found["processor"], 1),
             "peak memory, MB": round(found["peak"]),
             "input, MB": round(size / 1e6),
         }
@@ -285,4 +287,4 @@ def test_bench_monitor_cost(tmp_path):
     keep("monitor", figures)
     small, large = figures["100,000 records"], figures["1,000,000 records"]
     assert large["peak memory, MB"] < 1.25 * small["peak memory, MB"]
-    assert large["seconds"] < 15 * small["seconds"]
+    assert large["processor seconds"] < 12 * small["processor seconds"]
