@@ -35,6 +35,9 @@ bench-monitoring: install  ## false alarms and power of the drift alarm on real 
 	test -x .venv-evidently/bin/python || ( uv venv -q .venv-evidently && VIRTUAL_ENV=.venv-evidently uv pip install -q evidently==0.7.23 'pandas<3' )
 	pytest tests/test_bench_monitoring.py -m slow -s
 
+bench-serving: install  ## the endpoint beside plain servers, under load, overload and malformed bodies; figures under bench/
+	pytest tests/test_bench_serving.py -m slow -s
+
 lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
 	ruff check pipelines tests nbs
 	ruff format --check pipelines tests
@@ -56,5 +59,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock
+.PHONY: help install run test notebooks bench bench-training bench-serving bench-monitoring lint definitions readme hooks lock
 .DEFAULT_GOAL := help

@@ -64,7 +64,10 @@ def build(settings) -> Pipeline:
     )
     return Pipeline(
         name="skin-lesion-search",
-        parameters=[*parameter.values(), *(place for place in wired.places if place.name != "ChampionData")],
+        parameters=[
+            *parameter.values(),
+            *(place for place in wired.places if place.name not in ("ChampionData", "UnknownData")),
+        ],
         pipeline_experiment_config=None,
         steps=[*decode, prepare, tune],
         sagemaker_session=wired.session,

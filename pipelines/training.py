@@ -102,6 +102,7 @@ def wiring(settings) -> SimpleNamespace:
     }
     input_data = ParameterString("InputData", f"s3://{bucket}/raw/sample")
     champion_data = ParameterString("ChampionData", f"s3://{bucket}/champion/{group}")
+    unknown_data = ParameterString("UnknownData", f"s3://{bucket}/raw/unknown")
     image = ParameterString("ImageUri", aws["image_uri"])
     processing_instance = ParameterString("ProcessingInstance", aws["processing_instance"])
     training_instance = ParameterString("TrainingInstance", aws["training_instance"])
@@ -225,7 +226,7 @@ def wiring(settings) -> SimpleNamespace:
         parts = {c: output(prepare, c) for c in ("validation", "test", "table")}
         return processing(
             name,
-            {"model": model, **parts, "champion": champion_data},
+            {"model": model, **parts, "champion": champion_data, "unknown": unknown_data},
             ["evaluation"],
             section("evaluate") | section("gate"),
             hours=6,
@@ -247,7 +248,7 @@ def wiring(settings) -> SimpleNamespace:
         aws=aws,
         volume_key=volume_key,
         parameter=parameter,
-        places=[input_data, champion_data, image, role, processing_instance, training_instance],
+        places=[input_data, champion_data, unknown_data, image, role, processing_instance, training_instance],
         image=image,
         role=role,
         session=session,

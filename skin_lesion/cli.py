@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
-           'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
-           'search', 'runs', 'step', 'models', 'approve', 'predict', 'serve', 'monitor']
+           'data_sample', 'data_unknown', 'data_download', 'data_upload', 'data_duplicates', 'data_features',
+           'compile_', 'run_', 'search', 'runs', 'step', 'models', 'approve', 'predict', 'serve', 'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -103,6 +103,17 @@ def data_sample(out, lesions, seed):
     "Draws the synthetic sample. It shows no person and says nothing about skin."
     from skin_lesion.data.sample import write_sample
     click.echo(write_sample(out, lesions=lesions, seed=seed))
+
+
+@data.command('unknown')
+@click.option('--out', type=click.Path(path_type=Path), default=Path('data/raw/unknown'), show_default=True)
+@click.option('--images', default=150, show_default=True)
+@click.option('--seed', default=1, show_default=True)
+def data_unknown(out, images, seed):
+    "Draws pictures that are no dermoscopy, on which `evaluate` measures whether a model notices."
+    from skin_lesion.data.unknown import write_unknown
+    click.echo(write_unknown(out, images, seed))
+
 
 # %% ../nbs/90_cli.ipynb #f07d6c1a
 @data.command('download')
@@ -245,10 +256,11 @@ def compile_(pipeline, out, pairs):
 @click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
 @click.option('--dataset', help='sample, ham10000, isic2019, bcn20000, or several with commas between them (setting data.dataset).')
 @click.option('--data-dir', help='Folder of the downloaded data set, or its s3:// address.')
+@click.option('--unknown-dir', help='Folder of pictures that are no dermoscopy, or its s3:// address; drawn ones when left out.')
 @click.option('--allow-missing', is_flag=True, help='Go on although files that the tables name are not there.')
 @set_option
 @click.option('--resume', is_flag=False, flag_value='latest', metavar='[RUN]', help='Continue a run that did not end; the latest one, or RUN.')
-def run_(pipeline, place, dataset, data_dir, allow_missing, pairs, resume):
+def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, resume):
     "Runs PIPELINE from its compiled definition, here or on SageMaker."
     overrides = _overrides(pairs)
     if dataset: overrides['data.dataset'] = dataset
@@ -260,11 +272,13 @@ def run_(pipeline, place, dataset, data_dir, allow_missing, pairs, resume):
         if resume: raise click.UsageError('--resume continues local runs. On SageMaker, start the pipeline again: finished steps come from its cache.')
         names = loaded['data.dataset'].value
         address = data_dir or f"s3://{loaded['aws.bucket'].value}/raw" + (f'/{names}' if ',' not in names else '')
-        if not address.startswith('s3://'): raise click.UsageError(f'--data-dir {address} must be an s3:// address with --on sagemaker.')
-        status = sagemaker.run(compile_pipeline(pipeline, loaded), pipeline, {'InputData': address}, loaded)
+        for option, given in {'--data-dir': address, '--unknown-dir': unknown_dir}.items():
+            if given and not given.startswith('s3://'): raise click.UsageError(f'{option} {given} must be an s3:// address with --on sagemaker.')
+        places = {'InputData': address} | ({'UnknownData': unknown_dir} if unknown_dir else {})
+        status = sagemaker.run(compile_pipeline(pipeline, loaded), pipeline, places, loaded)
         sys.exit(0 if status == 'Succeeded' else 1)
     from skin_lesion.execution.local import run_locally
-    sys.exit(run_locally(pipeline, loaded, data_dir, resume))
+    sys.exit(run_locally(pipeline, loaded, data_dir, resume, unknown_dir))
 
 
 @main.command()

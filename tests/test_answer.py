@@ -16,6 +16,7 @@ from scipy.special import softmax
 
 from skin_lesion.data.images import ImageError, load_square, read_picture, to_square
 from skin_lesion.data.sample import write_sample
+from skin_lesion.evaluation.unknown import Unknown
 from skin_lesion.serving.answer import Answerer, content_version
 from skin_lesion.serving.package import pack
 from skin_lesion.serving.predictor import Predictor
@@ -56,9 +57,9 @@ def package(network, drawn, tmp_path_factory):
     return folder
 
 
-def noise():
+def noise(colour=(170, 130, 110)):
     """A PNG of reddish blocks, sharp enough to be answered."""
-    blocks = np.random.default_rng(1).normal((170, 130, 110), 50, (30, 40, 3)).clip(0, 255).astype(np.uint8)
+    blocks = np.random.default_rng(1).normal(colour, 50, (30, 40, 3)).clip(0, 255).astype(np.uint8)
     out = io.BytesIO()
     Image.fromarray(np.kron(blocks, np.ones((4, 4, 1), np.uint8))).save(out, "PNG")
     return out.getvalue()
@@ -176,7 +177,7 @@ def test_what_evaluation_adds_is_said(tmp_path):
     package = colours_package(tmp_path / "package")
     model = json.loads((package / "model.json").read_text())
     model["calibration"] |= {
-        "sets": {"coverage": 0.9, "thresholds": [0.2, 0.05, 0.5]},
+        "sets": {"coverage": 0.9, "thresholds": {"MEL": 0.2, "NV": 0.05, "AK": 0.5}},
         "abstain": {"confidence": 0.97, "share": 0.1},
     }
     (package / "model.json").write_text(json.dumps(model))
@@ -187,6 +188,21 @@ def test_what_evaluation_adds_is_said(tmp_path):
     assert answer["reasons"] == [
         {"reason": "low confidence", "value": pytest.approx(p["MEL"], abs=1e-4), "limit": 0.97}
     ]
+
+
+def test_pictures_that_the_model_does_not_know_are_not_decided(tmp_path):
+    package = colours_package(tmp_path / "package")
+    centre, deviation = np.array([170, 130, 110], np.float32), np.eye(3, dtype=np.float32) / 20
+    Unknown(centre, deviation, np.array([0.0, 1.0]), 0.0, 0.8).save(package)
+    answerer = Answerer(package)
+    known, strange = (answerer.answer_files([noise(c)])[0] for c in ((170, 130, 110), (40, 200, 230)))
+    assert known["decision"] == "MEL" and known["unknown"] < 0.8 and not known["reasons"]
+    assert strange["decision"] == "abstain" and strange["diagnosis"] in answerer.classes
+    assert strange["reasons"] == [
+        {"reason": "not like the training pictures", "value": strange["unknown"], "limit": 0.8}
+    ]
+    features, logits = answerer.run(["features", "logits"], np.full((1, 32, 32, 3), 200, np.uint8))
+    assert answerer.unknown.score(features, logits)[0] > 0.8
 
 
 # Quality

@@ -52,6 +52,8 @@ def fill_inputs(name: str, roots: dict[str, Path]):
         drawn = write_example(root/'drawn', blurred=2)
         for place in ('package', 'capture', 'labels'): shutil.copytree(drawn/place, root/'processing'/'input'/place)
     if name == 'evaluate':
+        from skin_lesion.data.unknown import write_unknown
+        write_unknown(root/'processing'/'input'/'unknown', images=12)
         (root/'processing'/'input'/'champion').mkdir(parents=True)
         (root/'processing'/'input'/'champion'/'champion.json').write_text(json.dumps({'version': None}))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record', 'Capture']
 
-# %% ../../nbs/monitoring/01_capture.ipynb #92bec58f
+# %% ../../nbs/monitoring/01_capture.ipynb #b2126edc
 import base64
 import json
 import queue
@@ -15,10 +15,10 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
-# %% ../../nbs/monitoring/01_capture.ipynb #b089e484
+# %% ../../nbs/monitoring/01_capture.ipynb #cb41457f
 def record(
     content_type: str,   # of the request
     body: bytes | None,  # of the request; None leaves the picture out
@@ -37,7 +37,7 @@ def record(
                 'endpointOutput': {'observedContentType': 'application/json', 'mode': 'OUTPUT', 'data': json.dumps(answer), 'encoding': 'JSON'}},
             'eventMetadata': {'eventId': event_id, 'inferenceTime': at.strftime('%Y-%m-%dT%H:%M:%SZ')}, 'eventVersion': '0'}
 
-# %% ../../nbs/monitoring/01_capture.ipynb #5c500da1
+# %% ../../nbs/monitoring/01_capture.ipynb #4f16d2b6
 def _to_folder(folder: Path):
     def write(key: str, data: bytes):
         path = folder/key
@@ -57,7 +57,7 @@ def _to_s3(address: str, kms_key: str):
     encrypted = {'ServerSideEncryption': 'aws:kms', 'SSEKMSKeyId': kms_key}
     return lambda key, data: s3.put_object(Bucket=bucket, Key=f'{prefix.rstrip("/")}/{key}'.lstrip('/'), Body=data, **encrypted)
 
-# %% ../../nbs/monitoring/01_capture.ipynb #23bec50e
+# %% ../../nbs/monitoring/01_capture.ipynb #c7a07513
 class Capture:
     "Writes records to {place}/{endpoint}/{variant}/yyyy/mm/dd/hh/*.jsonl. `written` and `lost` count them."
     def __init__(self,

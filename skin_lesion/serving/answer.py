@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTICE', 'MALIGNANT', 'measure', 'overlay', 'content_version', 'Answerer']
 
-# %% ../../nbs/serving/04_answer.ipynb #f8897203
+# %% ../../nbs/serving/04_answer.ipynb #973f72ff
 import base64
 import hashlib
 from pathlib import Path
@@ -16,10 +16,12 @@ import numpy as np
 from ..data.images import Picture, read_picture, to_square
 from ..evaluation.calibration import probabilities
 from ..evaluation.conformal import prediction_sets
+from ..evaluation.unknown import FILE as UNKNOWN_FILE
+from ..evaluation.unknown import Unknown
 from .predictor import Predictor
 from .quality import faults, quality
 
-# %% ../../nbs/serving/04_answer.ipynb #d5bbcfbe
+# %% ../../nbs/serving/04_answer.ipynb #d8706cb7
 NOTICE = 'Research use only. Not a medical device, not for diagnosis.'
 MALIGNANT = ('MEL', 'BCC', 'SCC')
 
@@ -32,7 +34,7 @@ def measure(
     square = to_square(picture.pixels, image_size)
     return square, quality(square, picture.size)
 
-# %% ../../nbs/serving/04_answer.ipynb #62ef68da
+# %% ../../nbs/serving/04_answer.ipynb #7c790718
 def overlay(
     square: np.ndarray,  # (S, S, 3), uint8
     class_map: np.ndarray,  # (h, w), of one class
@@ -44,7 +46,7 @@ def overlay(
     blended = cv2.addWeighted(square[:, :, ::-1], 0.6, colours, 0.4, 0)  # OpenCV's order: blue, green, red
     return base64.b64encode(cv2.imencode('.png', blended)[1].tobytes()).decode()
 
-# %% ../../nbs/serving/04_answer.ipynb #3af38f35
+# %% ../../nbs/serving/04_answer.ipynb #9e8f3d0b
 def content_version(
     folder: Path,  # an unpacked package
 ) -> str:          # 12 hexadecimal digits
@@ -54,7 +56,7 @@ def content_version(
         with path.open('rb') as file: digest.update(f'{path.name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/serving/04_answer.ipynb #14fa2537
+# %% ../../nbs/serving/04_answer.ipynb #bf84ef36
 class Answerer(Predictor):
     "A model package that gives whole answers."
     def __init__(self,
@@ -65,10 +67,8 @@ class Answerer(Predictor):
         self.about = {'architecture': self.model['architecture'], 'version': content_version(self.folder),
                       'dataset': self.model['dataset'], 'synthetic': self.model['synthetic']}
         calibration = self.model['calibration']
-        self.sets, self.abstain, self.unknown = calibration.get('sets'), calibration.get('abstain'), None
-        if (self.folder/'unknown.safetensors').exists():
-            from skin_lesion.evaluation.unknown import Unknown
-            self.unknown = Unknown.load(self.folder)
+        self.sets, self.abstain = calibration.get('sets'), calibration.get('abstain')
+        self.unknown = Unknown.load(self.folder) if (self.folder/UNKNOWN_FILE).exists() else None
         self.with_features = self.unknown is not None   # the server wants them for capture, too
         self.why_no_maps = '' if 'maps' in self.outputs else (
             f'explain is not possible: this package has no class activation maps. Either the network ({self.model["architecture"]}) has '
@@ -94,7 +94,7 @@ class Answerer(Predictor):
         top, malignant = self.classes[p.argmax()], [share[c] for c in MALIGNANT if c in share]
         unknown = round(float(self.unknown.score(row['features'][None], row['logits'][None])[0]), 4) if self.unknown else None
         reasons = self._doubts(p.max(), unknown) + faults(measured, self.image_size)
-        kept = prediction_sets(p[None], self.sets['thresholds'])[0] if self.sets else None
+        kept = prediction_sets(p[None], [self.sets['thresholds'][c] for c in self.classes])[0] if self.sets else None
         found = {'diagnosis': top, 'decision': 'abstain' if reasons else top, 'reasons': reasons, 'probabilities': share,
                  'malignant': round(sum(malignant), 6) if malignant else None, 'actinic_keratosis': share.get('AK'),
                  'prediction_set': [c for c, k in zip(self.classes, kept) if k] if self.sets else None,

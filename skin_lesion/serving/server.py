@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_SECONDS', 'UPLOADS', 'DRAIN_SECONDS', 'log', 'Metrics', 'Service', 'serve']
 
-# %% ../../nbs/serving/06_server.ipynb #bd990c9b
+# %% ../../nbs/serving/06_server.ipynb #85a3926a
 import asyncio
 import json
 import logging
@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from .formats import Refusal, Request, choose, parse, render
 from .package import unpack
 from ..settings import project_file
 
-# %% ../../nbs/serving/06_server.ipynb #dbd7674e
+# %% ../../nbs/serving/06_server.ipynb #5e6b4bbd
 _logger = logging.getLogger('skin_lesion.server')
 
 
@@ -52,9 +52,9 @@ def _start_log() -> logging.handlers.QueueListener:
 
 def log(event: str, **fields):
     "Writes a line of the log."
-    _logger.info(json.dumps({'time': datetime.now(timezone.utc).isoformat(timespec='milliseconds'), 'event': event, **fields}))
+    _logger.info(json.dumps({'time': datetime.now(UTC).isoformat(timespec='milliseconds'), 'event': event, **fields}))
 
-# %% ../../nbs/serving/06_server.ipynb #190a6b35
+# %% ../../nbs/serving/06_server.ipynb #625f0f00
 class Metrics:
     "Counts and times of a worker."
     def __init__(self):
@@ -79,7 +79,7 @@ class Metrics:
         multiprocess.MultiProcessCollector(together)
         return generate_latest(together)
 
-# %% ../../nbs/serving/06_server.ipynb #3ccb5bac
+# %% ../../nbs/serving/06_server.ipynb #9aafd92e
 READ_SECONDS = 10    # for a body
 UPLOADS = 256        # bodies being read at the same time
 DRAIN_SECONDS = 25   # SageMaker kills 30 s after SIGTERM
@@ -245,14 +245,14 @@ class Service:
     def _keep(self, content_type: str, body: bytes, sent: Request, seen: list, rows: list[dict], answers: list[dict], common: dict):
         "Hands the request to capture. Maps show the picture, so they are left out."
         said = [{name: value for name, value in answer.items() if name != 'explanation'} for answer in answers]
-        at, kept = datetime.now(timezone.utc), body if self.options['capture_pictures'] else None
+        at, kept = datetime.now(UTC), body if self.options['capture_pictures'] else None
         def make() -> dict:
             sketches = iter(self.sketch([square for square, _ in seen], rows))
             properties = [answer.get('quality', {}) | asked.patient | (next(sketches) if asked.picture else {}) for asked, answer in zip(sent.asked, answers)]
             return record(content_type, kept, properties, {'predictions': said, **common}, common['request_id'], at)
         self.capture.put(make)
 
-# %% ../../nbs/serving/06_server.ipynb #e3054a17
+# %% ../../nbs/serving/06_server.ipynb #fa894664
 async def _work(listener: socket.socket, package: Path, options: dict, threads: int, parent: int):
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, stop.set)
@@ -284,12 +284,20 @@ def _worker(listener: socket.socket, package: Path, options: dict, threads: int,
         sys.exit(3)
     finally: lines.stop()
 
-# %% ../../nbs/serving/06_server.ipynb #29deeee3
+# %% ../../nbs/serving/06_server.ipynb #8133e791
 def _listen(host: str, port: int) -> socket.socket:
     listener = socket.create_server((host, port), backlog=1024)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)  # clients that do not read their answer
     return listener
+
+
+def _cores() -> int:
+    "Cores that this process may use, within its container's quota (cgroup v2)."
+    cores = len(os.sched_getaffinity(0))
+    try: quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+    except (OSError, ValueError): return cores
+    return cores if quota == 'max' else max(1, min(cores, -(-int(quota) // int(period))))
 
 
 def _stop(workers: list):
@@ -323,8 +331,8 @@ def _supervise(listener: socket.socket, package: Path, options: dict) -> int:
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: None)
-    threads = max(1, len(os.sched_getaffinity(0)) // options['workers'])
-    context, starts, lines = multiprocessing.get_context('fork'), [], None
+    threads = max(1, _cores() // options['workers'])
+    context, starts = multiprocessing.get_context('fork'), []
     print(json.dumps({'event': 'listening', 'address': '{}:{}'.format(*listener.getsockname()), 'pid': os.getpid()}), flush=True)
     def start():
         starts.append(time.monotonic())

@@ -1,0 +1,310 @@
+"""The endpoint beside what one would write in an afternoon, under load, overload and abuse; figures in bench/serving.json."""
+
+import asyncio
+import io
+import json
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+import requests
+import torch
+from conftest import ROOT, Served, keep
+from PIL import Image
+from safetensors.torch import save_file
+from test_server import damaged, raw
+
+from skin_lesion.data.images import load_square
+from skin_lesion.data.sample import write_sample
+from skin_lesion.serving.predictor import Graph
+from skin_lesion.training.models import Classifier, export_graph, load_pretrained
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+SIZE, BATCH = 128, 16
+CLASSES = ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC"]
+
+# Two servers as a user would write them, with the same network and weights.
+PLAIN = """
+import io, json, sys
+import numpy as np
+from fastapi import FastAPI, Request
+from PIL import Image
+{load}
+app = FastAPI()
+
+@app.post("/invocations")
+async def invocations(request: Request):
+    image = Image.open(io.BytesIO(await request.body())).convert("RGB").resize(({size}, {size}), Image.BILINEAR)
+    logits = run(np.asarray(image)[None])
+    e = np.exp(logits - logits.max())
+    return {{"probabilities": (e / e.sum()).ravel().tolist()}}
+"""
+EAGER = """
+import torch
+from safetensors.torch import load_file
+from skin_lesion.training.models import Classifier
+model = Classifier("efficientnet_lite0", {classes}).eval()
+model.net.load_state_dict(load_file("{folder}/model.safetensors"))
+def run(images):
+    with torch.no_grad(): return model(torch.from_numpy(images.copy())).numpy()
+"""
+ONNX = """
+import onnxruntime
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+def run(images): return session.run(["logits"], {{"images": images}})[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def figures():
+    found = {}
+    yield found
+    if found:
+        keep("serving", found)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """64 JPEGs of 1024 x 768, the usual size of ISIC 2019: real ones enlarged where they are to be had, else drawn ones."""
+    files = sorted((ROOT.parent / "shared" / "data" / "ham10000").glob("*/*.jpg"))[::150][:64]
+    if not files:
+        sample = write_sample(tmp_path_factory.mktemp("drawn") / "sample", lesions=40, seed=1)
+        files = sorted((sample / "images").glob("*.jpg"))[:64]
+    made = []
+    for file in files:
+        out = io.BytesIO()
+        with Image.open(file) as picture:
+            picture.convert("RGB").resize((1024, 768), Image.LANCZOS).save(out, "JPEG", quality=90)
+        made.append(out.getvalue())
+    return made
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory, pictures):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    folder.mkdir()
+    network = load_pretrained(Classifier("efficientnet_lite0", len(CLASSES)), "efficientnet_lite0").eval()
+    export_graph(network, folder / "model.onnx", np.stack([load_square(p, SIZE) for p in pictures[:8]]))
+    save_file({k: v.contiguous() for k, v in network.net.state_dict().items()}, folder / "model.safetensors")
+    share = [1 / len(CLASSES)] * len(CLASSES)
+    model = {"architecture": "efficientnet_lite0", "dataset": "ham10000", "synthetic": False, "classes": CLASSES}
+    model |= {"image_size": SIZE, "calibration": {"temperature": 1.0}, "logit_shares": share, "class_shares": share}
+    (folder / "model.json").write_text(json.dumps(model))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(package):
+    with Served(package) as served:
+        yield served
+
+
+class Plain:
+    """One of the two afternoon servers, under uvicorn."""
+
+    def __init__(self, folder, name, load, package):
+        load = load.format(folder=package, classes=len(CLASSES))
+        (folder / f"{name}.py").write_text(PLAIN.format(load=load, size=SIZE))
+        command = [
+            sys.executable,
+            "-m",
+            "uvicorn",
+            f"{name}:app",
+            "--port",
+            "0",
+            "--log-level",
+            "info",
+            "--no-access-log",
+        ]
+        self.process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+        for line in self.process.stderr:
+            if "running on" in line:
+                self.address = line.split("http://")[1].split()[0]
+                return
+        raise AssertionError(f"{name} did not start")
+
+
+def message(body, kind="image/jpeg"):
+    head = f"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+class Connection:
+    """The least that a client can be, so that little of the two cores is the client's."""
+
+    async def open(self, address):
+        host, port = address.split(":")
+        self.reader, self.writer = await asyncio.open_connection(host, int(port))
+        return self
+
+    async def ask(self, sent):
+        """The status, and the seconds that it took."""
+        began = time.perf_counter()
+        self.writer.write(sent)
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+        await self.reader.readexactly(length)
+        return int(head[9:12]), time.perf_counter() - began
+
+
+async def closed_loop(address, messages, clients, count):
+    """Requests a second of clients that ask again when they are answered, and the statuses and seconds."""
+    connections, results = [await Connection().open(address) for _ in range(clients)], []
+    todo = iter(range(count))
+
+    async def client(connection):
+        for k in todo:
+            results.append(await connection.ask(messages[k % len(messages)]))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(c) for c in connections))
+    for c in connections:
+        c.writer.close()
+    return count / (time.perf_counter() - began), results
+
+
+async def open_loop(address, messages, rate, seconds, seed=1):
+    """Requests that come at random moments, `rate` a second, whether the server keeps up or not: statuses and seconds."""
+    rng, free, tasks, results = random.Random(seed), [], [], []
+
+    async def one(sent, due):
+        connection = free.pop() if free else await Connection().open(address)
+        status, _ = await connection.ask(sent)
+        results.append((status, time.perf_counter() - due))
+        free.append(connection)
+
+    began = due = time.perf_counter()
+    while due < began + seconds:
+        due += rng.expovariate(rate)
+        await asyncio.sleep(max(0, due - time.perf_counter()))
+        tasks.append(asyncio.ensure_future(one(rng.choice(messages), due)))
+    await asyncio.gather(*tasks)
+    for c in free:
+        c.writer.close()
+    return results
+
+
+def percentile(seconds, q):
+    return float(np.percentile(seconds, q) * 1000)
+
+
+def worker_memory(server):
+    return psutil.Process([line for line in server.lines if line["event"] == "ready"][-1]["pid"]).memory_info().rss
+
+
+def test_latency_of_one_request(server, package, pictures, tmp_path, figures):
+    plain = {name: Plain(tmp_path, name, load, package) for name, load in (("eager", EAGER), ("onnx", ONNX))}
+    addresses = {"ours": server.address} | {name: p.address for name, p in plain.items()}
+    messages, seconds = [message(p) for p in pictures], {name: [] for name in addresses}
+    try:
+        for _ in range(12):  # in turns, so that a busy neighbour hits all of them
+            for name, address in addresses.items():
+                _, results = asyncio.run(closed_loop(address, messages, 1, 30))
+                assert {status for status, _ in results} == {200}
+                seconds[name] += [s for _, s in results][3:]
+    finally:
+        for p in plain.values():
+            p.process.terminate()
+            p.process.wait()
+    p50 = {name: percentile(values, 50) for name, values in seconds.items()}
+    figures["latency_ms_p50"] = {name: round(value, 2) for name, value in p50.items()}
+    figures["latency_to_eager"], figures["latency_to_onnx"] = p50["ours"] / p50["eager"], p50["ours"] / p50["onnx"]
+    assert figures["latency_to_eager"] <= 0.4 and figures["latency_to_onnx"] <= 0.8, p50
+
+
+@pytest.fixture(scope="module")
+def capacity(server, package, pictures, figures):
+    """Requests a second at 16 clients, beside the bare loop with the same batches, in turns."""
+    graph, messages, bare, served = Graph(package), [message(p) for p in pictures], [], []
+    with ThreadPoolExecutor() as pool:
+        for _ in range(5):
+            began = time.perf_counter()
+            for k in range(0, 480, BATCH):
+                files = [pictures[i % len(pictures)] for i in range(k, k + BATCH)]
+                graph.logits(np.stack(list(pool.map(lambda f: load_square(f, SIZE), files))), BATCH)
+            bare.append(480 / (time.perf_counter() - began))
+            rate, results = asyncio.run(closed_loop(server.address, messages, 16, 480))
+            assert {status for status, _ in results} == {200}
+            served.append(rate)
+    figures["throughput"] = {
+        "server": round(float(np.median(served)), 1),
+        "bare_loop": round(float(np.median(bare)), 1),
+    }
+    figures["throughput_to_bare"] = float(np.median(np.divide(served, bare)))
+    return float(np.median(served))
+
+
+def test_throughput(capacity, figures):
+    assert figures["throughput_to_bare"] >= 0.9, figures["throughput"]
+
+
+def test_tail_at_seventy_percent(server, pictures, capacity, figures):
+    results = asyncio.run(open_loop(server.address, [message(p) for p in pictures], 0.7 * capacity, 20))
+    assert {status for status, _ in results} == {200}
+    p50, p99 = (percentile([s for _, s in results], q) for q in (50, 99))
+    figures["at_70_percent_ms"] = {"p50": round(p50, 2), "p99": round(p99, 2)}
+    assert p99 <= 3 * p50, (p50, p99)
+
+
+def test_overload_sheds_answers_what_it_took_and_recovers(server, pictures, capacity, figures):
+    messages = [message(p) for p in pictures]
+    results = asyncio.run(open_loop(server.address, messages, 5 * capacity, 10))
+    taken = [s for status, s in results if status == 200]
+    figures["overload"] = {"asked": len(results), "answered": len(taken), "slowest_s": round(max(taken), 2)}
+    assert {status for status, _ in results} <= {200, 429, 503} and len(taken) < len(results)
+    assert max(taken) < 10 and len(taken) / 10 > 0.5 * capacity
+    began = time.monotonic()
+    _, after = asyncio.run(closed_loop(server.address, messages, 1, 20))
+    assert {status for status, _ in after} == {200} and time.monotonic() - began < 3
+
+
+def test_fifty_thousand_requests_in_flat_memory(server, pictures, figures):
+    messages, memory = [message(p) for p in pictures], []
+    for _ in range(10):
+        _, results = asyncio.run(closed_loop(server.address, messages, 16, 5_000))
+        assert {status for status, _ in results} == {200}
+        memory.append(worker_memory(server) / 2**20)
+    figures["memory_mib"] = {"after_5000": round(memory[0], 1), "after_50000": round(memory[-1], 1)}
+    assert memory[-1] - memory[0] < 20, memory
+
+
+def test_ten_thousand_malformed_bodies(server, figures):
+    rng, session, statuses, memory = random.Random(3), requests.Session(), {}, []
+    for k in range(10_000):
+        body, kind = damaged(rng)
+        answer = session.post(server.url + "/invocations", body, headers={"Content-Type": kind})
+        statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+        assert answer.status_code == 200 or (400 <= answer.status_code < 500 and len(answer.json()["error"]) > 10), (
+            answer.text
+        )
+        if k % 10 == 0:
+            torn = bytearray(message(body[:2000], kind.encode("ascii", "ignore").decode()))
+            for _ in range(4):
+                torn[rng.randrange(len(torn))] = rng.randrange(256)
+            assert raw(server, bytes(torn))[9:10] in (b"", b"2", b"4")
+        if k in (2_000, 9_999):
+            memory.append(worker_memory(server) / 2**20)
+    figures["malformed"] = {"statuses": statuses, "memory_growth_mib": round(memory[1] - memory[0], 1)}
+    assert memory[1] - memory[0] < 20
+    assert not [line for line in server.lines if line["event"] in ("error", "worker ended")]
+
+
+def test_requests_made_from_the_description(server, tmp_path):
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed (pip install schemathesis)")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    words = [server.url + "/openapi.json", "--checks", checks, "--max-examples", "100", "--no-color"]
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert not [line for line in server.lines if line["event"] in ("error", "worker ended")]
