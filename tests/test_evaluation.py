@@ -14,15 +14,21 @@ from sklearn.linear_model import LogisticRegression
 
 from skin_lesion.data.catalog import read_dataset
 from skin_lesion.data.duplicates import near_duplicates
+from skin_lesion.data.images import load_square
 from skin_lesion.data.sample import write_sample
 from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import prove_split, split_table
+from skin_lesion.data.unknown import write_unknown
 from skin_lesion.evaluation import calibration as c
+from skin_lesion.evaluation.conformal import prediction_sets
 from skin_lesion.evaluation.gate import compare_with_champion, gate, number_for_gate
 from skin_lesion.evaluation.metrics import calibration_error, not_estimable
 from skin_lesion.evaluation.model_card import model_card
 from skin_lesion.evaluation.subgroups import age_band, subgroups
+from skin_lesion.evaluation.unknown import Unknown
+from skin_lesion.monitoring.reference import load_reference
 from skin_lesion.serving.package import lesion_hash, pack
+from skin_lesion.serving.predictor import Graph
 
 SIZE = 32
 
@@ -194,9 +200,9 @@ def write_model(folder, shards, scale, extra=()):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """The folders that prepare and train would leave, on 60 drawn lesions."""
+    """The folders that prepare and train would leave, on 120 drawn lesions."""
     base = tmp_path_factory.mktemp("prepared")
-    raw = write_sample(base / "raw", lesions=60, seed=1)
+    raw = write_sample(base / "raw", lesions=120, seed=1)  # a reference takes 50 validation pictures
     table, accounting = read_dataset("sample", raw)
     packed = pack_images(table, raw, SIZE, base / "work")
     pairs = near_duplicates(packed.fingerprints)
@@ -217,6 +223,7 @@ def make_root(folder, prepared, scale=5, champion=None, extra=()):
     for part in ("validation", "test", "table"):
         (inputs / part).symlink_to(base / part)
     pack(write_model(folder / "made", shards, scale, extra), inputs / "model" / "model.tar.gz")
+    write_unknown(inputs / "unknown", images=40)
     (inputs / "champion").mkdir()
     (inputs / "champion" / "champion.json").write_text(json.dumps({"version": None if champion is None else 3}))
     if champion is not None:
@@ -252,7 +259,9 @@ def test_step_writes_what_the_gate_and_the_package_read(prepared, evaluated):
         "constraints.json",
         "evaluation.json",
         "predictions.parquet",
+        "reference.safetensors",
         "statistics.json",
+        "unknown.safetensors",
     ]
     for path in ("balanced_accuracy.low", "melanoma_sensitivity.value", "champion.difference", "champion.margin_left"):
         first, second = path.split(".")
@@ -264,6 +273,54 @@ def test_step_writes_what_the_gate_and_the_package_read(prepared, evaluated):
     assert calibration["temperature"] == evaluation["calibration"]["temperature"] > 1.5
     assert evaluation["calibration"]["after"]["log_loss"] < evaluation["calibration"]["before"]["log_loss"]
     assert evaluation["gate"]["passed"] is False and "balanced accuracy" in evaluation["gate"]["reasons"][0]
+
+
+def test_step_says_what_the_model_does_not_know(evaluated):
+    root, evaluation, _ = evaluated
+    out = root / "processing" / "output" / "evaluation"
+    calibration = json.loads((out / "calibration.json").read_text())
+    unknown = Unknown.load(out)
+    assert calibration["unknown"]["threshold"] == unknown.threshold == evaluation["unknown"]["threshold"]
+    assert "drawn by a program" in calibration["unknown"]["about"] and calibration["unknown"]["share"] == 0.05
+    graph = Graph(root / "made")
+    pages = np.stack([load_square(f, SIZE) for f in sorted((root / "processing/input/unknown").glob("document*"))])
+    test = Shards(root / "processing/input/test")[:]
+    page, known = (unknown.score(graph.features(x), graph.logits(x)) for x in (pages, test))
+    assert np.median(page) > np.quantile(known, 0.9), "a printed page is less known than a lesion"
+    assert evaluation["unknown"]["drawn"] and evaluation["unknown"]["not_dermoscopic"]["low"] > 0.5
+    classes = evaluation["classes"]
+    assert list(calibration["sets"]["thresholds"]) == classes and calibration["sets"]["coverage"] == 0.9
+    assert calibration["abstain"]["confidence"] == evaluation["abstain"]["confidence"]
+    found = pd.read_parquet(out / "predictions.parquet")
+    sets = prediction_sets(found[classes].to_numpy(), list(calibration["sets"]["thresholds"].values()))
+    inside = sets[np.arange(len(found)), found.diagnosis.map(classes.index)]
+    by_lesion = pd.Series(inside).groupby(found.lesion_id.to_numpy()).mean().mean()
+    assert evaluation["sets"]["coverage"]["value"] == pytest.approx(by_lesion)
+    below = found[classes].max(axis=1) < calibration["abstain"]["confidence"]
+    assert evaluation["abstain"]["share"]["value"] == pytest.approx(below.mean())
+
+
+def test_an_empty_folder_of_unknown_pictures_is_refused(prepared, tmp_path):
+    root = make_root(tmp_path / "d", prepared)
+    for file in (root / "processing/input/unknown").glob("*.jpg"):
+        file.unlink()
+    done = evaluate(root)
+    assert done.returncode != 0 and "skin-lesion data unknown" in done.stderr
+
+
+def test_step_leaves_what_requests_will_be_compared_with(prepared, evaluated):
+    root, evaluation, _ = evaluated
+    out, rows = root / "processing" / "output" / "evaluation", prepared[1]["validation"].rows
+    reference = load_reference(out)
+    assert reference.images == len(rows) and reference.label_counts["decision"].sum() == len(rows)
+    assert set(reference.labels["decision"]) <= {"abstain", *evaluation["classes"]}
+    assert reference.counts["age"].sum() == rows.age.notna().sum()
+    assert {"brightness", "skin_tone", "confidence", "malignant"} <= set(reference.counts)
+    statistics = json.loads((out / "statistics.json").read_text())
+    assert statistics["dataset"]["item_count"] == len(rows)
+    constraints = {f["name"]: f for f in json.loads((out / "constraints.json").read_text())["features"]}
+    assert set(constraints["sex"]["string_constraints"]["domains"]) == set(rows.sex.dropna())
+    assert constraints["confidence"]["num_constraints"] == {"is_non_negative": True}
 
 
 def test_predictions_give_the_reported_numbers(prepared, evaluated):

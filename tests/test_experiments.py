@@ -30,7 +30,7 @@ def test_another_list_is_compiled_and_every_step_has_its_network(tmp_path):
     settings = load_settings({"experiments.architectures": "mobilenetv2, resnet18.a1_in1k"}, environ={})
     definition = definition_for("experiments", settings)
     assert trained(definition) == {"train-mobilenetv2": "mobilenetv2", "train-resnet18-a1-in1k": "resnet18.a1_in1k"}
-    steps, values = plan(definition, run_parameters(settings, definition, tmp_path, tmp_path))
+    steps, values = plan(definition, run_parameters(settings, definition, tmp_path, tmp_path, tmp_path))
     assert steps[-1].name == "compare" and steps[-1].waits_for == {"package-mobilenetv2", "package-resnet18-a1-in1k"}
     assert values["ExperimentsArchitectures"] == "mobilenetv2, resnet18.a1_in1k"
     with pytest.raises(ValueError, match="ExperimentsArchitectures = 'mobilenetv2, resnet18.a1_in1k' must be one of"):
@@ -46,8 +46,8 @@ def test_a_list_that_makes_no_steps_of_its_own_is_refused(listed):
 def test_a_setting_without_a_part_in_the_pipeline_is_refused(tmp_path):
     settings = load_settings({"train.architecture": "resnet50"}, environ={})
     with pytest.raises(ValueError, match=r"train.architecture \(--set\) has no part in this pipeline"):
-        run_parameters(settings, load_definition("experiments"), tmp_path, tmp_path)
-    run_parameters(settings, load_definition("training"), tmp_path, tmp_path)
+        run_parameters(settings, load_definition("experiments"), tmp_path, tmp_path, tmp_path)
+    run_parameters(settings, load_definition("training"), tmp_path, tmp_path, tmp_path)
 
 
 def compare(project, root, architectures):

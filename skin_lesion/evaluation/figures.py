@@ -12,7 +12,7 @@ from .metrics import ranking, risk_coverage
 
 # %% auto #0
 __all__ = ['INK', 'ACCENT', 'SECOND', 'GREY', 'confusion_figure', 'reliability_figure', 'risk_coverage_figure', 'roc_figure',
-           'subgroup_figure', 'worst_errors', 'contact_sheet']
+           'subgroup_figure', 'worst_errors', 'contact_sheet', 'unknown_figure', 'unknown_sheet']
 
 # %% ../../nbs/evaluation/04_figures.ipynb #31f53c11
 INK, ACCENT, SECOND, GREY = '#1f2933', '#2f6690', '#d1603d', '#9aa5b1'
@@ -156,4 +156,37 @@ def contact_sheet(
         ax.imshow(image)
         ax.set_title(f'{classes[c]} {q[c]:.0%}\ncalled {classes[q.argmax()]} {q.max():.0%}', fontsize=7)
     fig.suptitle(_title(f'The {n} worst errors: truth, prediction, their probabilities' if n else 'No errors', synthetic), fontsize=10)
+    return fig
+
+# %% ../../nbs/evaluation/04_figures.ipynb #9b7b9d99
+def unknown_figure(
+    known: np.ndarray,  # (N,), scores of known pictures, 0 to 1
+    others: np.ndarray,  # (M,), of pictures that are no dermoscopy
+    threshold: float,
+    synthetic: bool = False,
+) -> Figure:
+    "Both distributions, each as shares of its pictures."
+    fig, ax = _axes(5, 2.8)
+    for scores, name, colour in ((known, 'known', ACCENT), (others, 'not dermoscopic', SECOND)):
+        if len(scores): ax.hist(scores, np.linspace(0, 1, 41), weights=np.full(len(scores), 1/len(scores)), color=colour, alpha=.6, label=f'{name}: {len(scores):,}')
+    ax.axvline(threshold, color=INK, lw=1, ls=':')
+    ax.set(xlim=(0, 1), xlabel='unknown score', ylabel='share of the pictures'), ax.legend(fontsize=8, frameon=False)
+    ax.set_title(_title(f'Unknown score, threshold {threshold:.2f}', synthetic), fontsize=10)
+    return fig
+
+
+def unknown_sheet(
+    images: np.ndarray,  # (n, H, W, 3), uint8
+    scores: np.ndarray,  # (n,)
+    names: list[str],  # what each is: a diagnosis, or 'not dermoscopic'
+    synthetic: bool = False,
+    columns: int = 6,
+) -> Figure:
+    "Each picture with its score."
+    rows = max(1, -(-len(images)//columns))
+    fig, axes = _axes(1.12*columns, 1.4*rows + .3, nrows=rows, ncols=columns, squeeze=False)
+    for ax in axes.ravel(): ax.set_axis_off()
+    for ax, image, value, name in zip(axes.ravel(), images, scores, names, strict=False):
+        ax.imshow(image), ax.set_title(f'{name}\n{value:.3f}', fontsize=7)
+    fig.suptitle(_title('Least and most unknown', synthetic), fontsize=10)
     return fig

@@ -96,6 +96,8 @@ Balanced accuracy of a group covers the classes of which it holds enough lesions
 {markdown_table(table)}"""
 
 # %% ../../nbs/evaluation/06_model_card.ipynb #0929dc1f
+def _auroc(e, name): return 'an AUROC of ' + show_interval(e['unknown'][name]) if e.get('unknown') else 'an AUROC that was not measured'
+
 def _caveats(e):
     before, after = e['calibration']['before'], e['calibration']['after']
     empty = [c for c, d in e['per_class'].items() if d['sensitivity']['value'] is None]
@@ -114,7 +116,8 @@ clinics; a model can be good on average and bad for a person. The images were pu
 ## Caveats and recommendations
 
 - Probabilities hold for the class frequencies that they assume, equal or those of the training data; where melanoma is rarer, they are too high.
-- A lesion of a diagnosis that the model does not know still gets one of its classes.
+- A lesion of a diagnosis that the model does not know still gets one of its classes. The unknown score tells them with {_auroc(e, 'mean')}, mean over classes left out
+  (optimistic: the network was trained with them), and pictures that are no dermoscopy{', drawn by a program,' if (e.get('unknown') or {}).get('drawn') else ''} with {_auroc(e, 'not_dermoscopic')}.
 - Intervals cover the choice of test lesions, not another camera, clinic or training run; those of few lesions without an error are too narrow, and that of the calibration error of few lesions lies too high.{unknown}
 - Watch the inputs for drift, and measure again on lesions of the place of use."""
 

@@ -195,14 +195,16 @@ def headline(
     needed = [(path, floors.get(path)) for path in ('balanced_accuracy.low', 'melanoma_sensitivity.value')]
     notes = [f'the gate needs {"its lower end" if path.endswith("low") else "the value"} at {floor:g}' if floor is not None else '' for path, floor in needed]
     counts = [f'{evaluation[k]:,} {k}' for k in ('images', 'lesions') if isinstance(evaluation.get(k), int)]
-    model = evaluation.get('model') or {}
+    model, unknown = evaluation.get('model') or {}, evaluation.get('unknown') or {}
     return Section(H2('On the test split'), Div(
         tile('Balanced accuracy', evaluation.get('balanced_accuracy'), notes[0], needed[0][1]),
         tile('Melanoma sensitivity', evaluation.get('melanoma_sensitivity'), notes[1], needed[1][1]),
         tile('Melanoma AUC', dig(evaluation, 'per_class.MEL.auc')),
         tile('Calibration error', error, f'before calibration {number(before)}'), cls='tiles'),
         P(Small(f'{model.get("architecture")} at {model.get("image_size")} pixels. ' if model else '',
-                f'{", ".join(counts)} of {evaluation.get("dataset")}. ' if counts else '', 'Intervals are bootstrapped over lesions; the red mark is what the gate needs.'))),
+                f'{", ".join(counts)} of {evaluation.get("dataset")}. ' if counts else '', 'Intervals are bootstrapped over lesions; the red mark is what the gate needs.')),
+        P(Small('Unknown score, AUROC: diagnoses left out ', *figure(unknown.get('mean')), f'; pictures that are no dermoscopy{", drawn" if unknown.get("drawn") else ""} ',
+                *figure(unknown.get('not_dermoscopic')), '.')) if unknown else ''),
 
 # %% ../../nbs/execution/07_report.ipynb #660068bf
 def gate(
