@@ -989,6 +989,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'skin_lesion/monitoring/captures.py'),
                                                  'skin_lesion.monitoring.captures._moment': ( 'monitoring/captures.html#_moment',
                                                                                               'skin_lesion/monitoring/captures.py'),
+                                                 'skin_lesion.monitoring.captures._number': ( 'monitoring/captures.html#_number',
+                                                                                              'skin_lesion/monitoring/captures.py'),
                                                  'skin_lesion.monitoring.captures.folder_hour': ( 'monitoring/captures.html#folder_hour',
                                                                                                   'skin_lesion/monitoring/captures.py'),
                                                  'skin_lesion.monitoring.captures.picture_row': ( 'monitoring/captures.html#picture_row',

@@ -38,6 +38,7 @@ def main():
     skin-lesion run experiments                           several networks, one table
     skin-lesion predict runs/latest/model.tar.gz photos/  probabilities of a folder of pictures
     skin-lesion serve runs/latest/model.tar.gz            an endpoint as on SageMaker, and a page to try it
+    skin-lesion monitor --capture captured/               have pictures or answers changed since it was judged?
     """
 
 # %% ../nbs/90_cli.ipynb #8d382c9e

@@ -43,7 +43,7 @@ def read(folder, **options):
 
 
 BAD = {
-    "truncated": [line()[:300], "", "{", "\udcff\udcfe", '{"captureData": '],
+    "truncated": ["[" * 200_000, line()[:300], "", "{", "\udcff\udcfe", '{"captureData": '],
     "foreign": [
         "[]",
         "3",
@@ -59,6 +59,12 @@ BAD = {
         line().replace('"inferenceTime": "2026-03-02T09:00:00Z"', '"inferenceTime": "yesterday"'),
         line().replace('\\"version\\": \\"v1\\"', '\\"version\\": {}').replace('\\"model\\"', '\\"models\\"'),
         line(pictures=0),
+        line().replace('\\"malignant\\": 0.2', '\\"malignant\\": Infinity'),
+        line().replace('\\"malignant\\": 0.2', '\\"malignant\\": 1e300'),
+        line().replace('\\"NV\\": 0.8', '\\"NV\\": NaN'),
+        line().replace('\\"NV\\": 0.8', '\\"NV\\": 8'),
+        line().replace('"age\\": 54', '"age\\": [54]'),
+        line().replace("2026-03-02T09:00:00Z", "0001-01-01T00:00:00+23:00"),
         json.dumps(record("image/jpeg", b"JPEG", [PICTURE], {"predictions": []}, "b", NOW)),
         # as AWS captures a request of JSON
         json.dumps(
@@ -83,6 +89,15 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, reason, bad):
     assert captures.counts[reason] == 1 and captures.counts["requests"] == 2, captures.counts
     [noted] = [json.loads(text) for text in (tmp_path / "aside").read_text().splitlines()]
     assert noted == {"file": "skin-lesion/AllTraffic/2026/03/02/09/a.jsonl", "line": 2, "reason": reason}
+
+
+def test_times_of_other_zones_are_the_same_moments(tmp_path):
+    write(
+        tmp_path,
+        [line("a"), line("b").replace("09:00:00Z", "11:00:00+02:00"), line("c").replace("09:00:00Z", "09:00:00")],
+    )
+    [piece] = Captures(tmp_path, CLASSES, 2, now=NOW)
+    assert piece.rows["at"].nunique() == 1 and str(piece.rows["at"].dtype).endswith("UTC]")
 
 
 def test_every_line_is_accounted_for(tmp_path):
@@ -172,9 +187,7 @@ def test_what_the_server_captures_is_what_the_monitor_reads(tmp_path, pictures):
     words = ["--capture", str(tmp_path / "kept"), f"--set=serving.capture_pictures={str(pictures).lower()}"]
     with Served(package, *words) as server:
         png = cv2.imencode(".png", squares[0][:, :, ::-1])[1].tobytes()
-        sent = {
-            "images": [{"image": base64.b64encode(x).decode(), "sex": "male", "age": 40} for x in (png, png)]
-        }
+        sent = {"images": [{"image": base64.b64encode(x).decode(), "sex": "male", "age": 40} for x in (png, png)]}
         answered = requests.post(server.url + "/invocations", json=sent)
         assert answered.status_code == 200, answered.text
     [piece] = Captures(tmp_path / "kept", ["MEL", "NV", "AK"], reference.axes.shape[1])

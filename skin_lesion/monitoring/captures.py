@@ -28,15 +28,22 @@ __all__ = ['NUMBERS', 'LABELS', 'FILTER_BYTES', 'MAX_LINE', 'ROWS', 'picture_row
 NUMBERS, LABELS = [*PROPERTIES, 'confidence', 'malignant', 'age'], ['diagnosis', 'decision', 'sex', 'site']
 
 
+def _number(value) -> float | None:
+    "A measurement. Raises `ValueError` for what can be none."
+    x = None if value is None or value != value else float(value)
+    if x is not None and not abs(x) < 1e9: raise ValueError(f'{value} is no measurement')
+    return x
+
+
 def picture_row(
     picture: dict,  # 'properties' of `image_properties`; 'age', 'sex' and 'site' as far as known
     answer: dict,   # of `Answerer.answer`
 ) -> dict:          # by the names of `NUMBERS` and `LABELS`; None where unknown
-    "The numbers and labels of one picture. Raises `KeyError` where the properties or the answer are not there."
+    "The numbers and labels of one picture. Raises `KeyError` or `ValueError` where something is not there or no number."
     found = {k: picture['properties'][k] for k in PROPERTIES} | {
         'confidence': max(answer['probabilities'].values()), 'malignant': answer.get('malignant'), 'age': picture.get('age')}
     patient = {k: v if isinstance(v := picture.get(k), str) else None for k in ('sex', 'site')}
-    return {k: None if v is None else float(v) for k, v in found.items()} | {k: str(answer[k]) for k in ('diagnosis', 'decision')} | patient
+    return {k: _number(v) for k, v in found.items()} | {k: str(answer[k]) for k in ('diagnosis', 'decision')} | patient
 
 # %% ../../nbs/monitoring/05_captures.ipynb #c06cfcf0
 FILTER_BYTES = 32 << 20
@@ -66,7 +73,7 @@ class Refused(ValueError):
 def _moment(text: str) -> datetime:
     "A time of AWS's form, in UTC."
     at = datetime.fromisoformat(text)
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
+    return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def read_line(
@@ -75,14 +82,14 @@ def read_line(
 ) -> tuple[str, datetime, list[dict], dict]:  # event id, time, pictures, and the whole answer
     "One captured request. Raises `Refused` with the reason."
     try: found = json.loads(line)
-    except ValueError: raise Refused('truncated') from None
+    except (ValueError, RecursionError): raise Refused('truncated') from None
     try:
         data, meta = found['captureData'], found['eventMetadata']
         event, at = meta.get('inferenceId') or meta['eventId'], _moment(meta['inferenceTime'])
         answer, sent = json.loads(data['endpointOutput']['data']), data['endpointInput']
         pictures = (json.loads(sent['data']) if sent['encoding'] == 'JSON' else answer)['pictures']
         if not isinstance(event, str) or not 0 < len(pictures) == len(answer['predictions']): raise Refused('foreign')
-    except (KeyError, TypeError, ValueError, AttributeError): raise Refused('foreign') from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError): raise Refused('foreign') from None
     if at > latest: raise Refused('future')
     return event, at, pictures, answer
 
@@ -180,7 +187,9 @@ class Captures:
                 more = {'event_id': event, 'picture': n, 'at': at, 'ms': ms if not made else np.nan, 'file': path, 'offset': offset, 'pictured': 'pictures' in answer}
                 features = picture.get('features') or [np.nan]*self.axes
                 if len(features) != self.axes: raise Refused('foreign')
-                made.append((picture_row(picture, said) | more, [float(said['probabilities'][c]) for c in self.classes], [float(x) for x in features]))
+                p = [float(said['probabilities'][c]) for c in self.classes]
+                if min(p) < 0 or not abs(sum(p) - 1) < 1e-3: raise Refused('foreign')
+                made.append((picture_row(picture, said) | more, p, [np.nan if x is None else float(x) for x in features]))
         except (KeyError, TypeError, ValueError, AttributeError): raise Refused('foreign') from None
         if seen.add(event): raise Refused('duplicate')
         self.counts.update({'requests': 1, 'pictures': len(made), 'refused pictures': len(pictures) - len(made)})

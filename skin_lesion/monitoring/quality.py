@@ -52,7 +52,7 @@ def read_labels(
         with path.open('rb') as file:
             for line in file:
                 try: found = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     labels.counts['truncated'] += 1
                     continue
                 try: event, names = str(found['eventMetadata']['eventId']), [name.strip() for name in found['groundTruthData']['data'].split(',')]
@@ -84,8 +84,7 @@ class Judged:
         piece: Piece,
     ) -> Judged:
         "Joins some captured pictures; itself."
-        known = piece.rows.event_id.isin(self.labels.of)
-        for i in np.flatnonzero(known):
+        for i in np.flatnonzero([event in self.labels.of for event in piece.rows.event_id]):
             event, picture, at = piece.rows.event_id.iat[i], piece.rows.picture.iat[i], piece.rows['at'].iat[i]
             self.met.add(event)
             diagnosis = (self.labels.of[event] + [UNKNOWN]*(picture + 1))[picture]
