@@ -4,7 +4,9 @@ fitted on a quarter of the lesions, which no reference and no window holds."""
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -214,3 +216,75 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
         assert found["ours"]["low"] <= 0.05, f"{size}: more false alarms than the rate"
     for name in MUST_BE_FOUND:
         assert figures["with drift"][name]["ours"]["share"] >= 0.9, name
+
+
+COST = """
+import json, sys, time
+from datetime import UTC, datetime
+from pathlib import Path
+import numpy as np
+from skin_lesion.monitoring.captures import LABELS, NUMBERS, Captures
+from skin_lesion.monitoring.figures import Extremes
+from skin_lesion.monitoring.quality import Estimate, Judged, read_labels
+from skin_lesion.monitoring.reference import load_reference
+from skin_lesion.monitoring.statistics import Statistics
+from skin_lesion.monitoring.windows import Windows, decide
+folder, package = Path(sys.argv[1]), Path(sys.argv[2])
+began, model, reference = time.perf_counter(), json.loads((package/"model.json").read_text()), load_reference(package)
+judged, estimate = Judged(read_labels(folder/"labels", model["classes"])), Estimate(model["class_shares"])
+windows, statistics, extremes = Windows(reference, 24, None), Statistics(reference.edges), Extremes()
+captures = Captures(folder/"capture", model["classes"], reference.axes.shape[1], aside=folder/"aside")
+for piece in captures:
+    windows.add(piece), judged.add(piece), estimate.add(piece.probabilities)
+    statistics.add(piece.rows[NUMBERS], piece.rows[LABELS]), extremes.add(piece.rows, piece.projected)
+decided = decide(windows, 0.05, 0.1)
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"seconds": time.perf_counter() - began, "processor": time.process_time(), "peak": peak/1024, "counts": dict(captures.counts), "windows": len(decided), "judged": judged.count}))
+"""
+
+
+def test_bench_monitor_cost(tmp_path):
+    """Time and peak memory of a window of 10,000, 100,000 and 1,000,000 captured requests, 5,000 of them with a label: the
+    same loop as in the step, in a process of its own. VmHWM, because `ru_maxrss` would start at the parent's. Processor
+    seconds, imports included, say what it costs where the machine is busy with others."""
+    from skin_lesion.monitoring.example import write_example
+
+    drawn, figures = write_example(tmp_path / "drawn", days=1), {}
+    lines = [x for path in sorted((drawn / "capture").rglob("*.jsonl")) for x in path.read_text().splitlines()]
+    halves = [line.split('"eventId": "') for line in lines]
+    label = json.loads(next((drawn / "labels").rglob("*.jsonl")).read_text().splitlines()[0])
+    for count in (10_000, 100_000, 1_000_000):
+        folder = tmp_path / str(count)
+        for hour in range(10):
+            place = folder / f"capture/skin-lesion/AllTraffic/2026/03/01/{hour:02}"
+            place.mkdir(parents=True)
+            with open(place / "00-00-drawn.jsonl", "w") as file:
+                for n in range(hour * count // 10, (hour + 1) * count // 10):
+                    first, rest = halves[n % len(halves)]
+                    file.write(f'{first}"eventId": "e{n}{rest[rest.index(chr(34)) :]}\n')
+        (folder / "labels").mkdir()
+        with open(folder / "labels/labels.jsonl", "w") as file:
+            for n in range(5_000):
+                file.write(json.dumps(label | {"eventMetadata": {"eventId": f"e{n}"}}) + "\n")
+        size = sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+        done = subprocess.run(
+            [sys.executable, "-c", COST, folder, drawn / "work"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(done.stdout)
+        assert found["counts"]["requests"] == count and found["judged"] == 5_000, found
+        figures[f"{count:,} records"] = {
+            "seconds": round(found["seconds"], 1),
+            "processor seconds": round(found["processor"], 1),
+            "peak memory, MB": round(found["peak"]),
+            "input, MB": round(size / 1e6),
+        }
+        print(count, figures[f"{count:,} records"], flush=True)
+        shutil.rmtree(folder)
+    keep("monitor", figures)
+    small, large = figures["100,000 records"], figures["1,000,000 records"]
+    assert large["peak memory, MB"] < 1.25 * small["peak memory, MB"]
+    assert large["processor seconds"] < 12 * small["processor seconds"]

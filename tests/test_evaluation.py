@@ -26,6 +26,7 @@ from skin_lesion.evaluation.metrics import calibration_error, not_estimable
 from skin_lesion.evaluation.model_card import model_card
 from skin_lesion.evaluation.subgroups import age_band, subgroups
 from skin_lesion.evaluation.unknown import Unknown
+from skin_lesion.monitoring.reference import load_reference
 from skin_lesion.serving.package import lesion_hash, pack
 from skin_lesion.serving.predictor import Graph
 
@@ -199,9 +200,9 @@ def write_model(folder, shards, scale, extra=()):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """The folders that prepare and train would leave, on 60 drawn lesions."""
+    """The folders that prepare and train would leave, on 120 drawn lesions."""
     base = tmp_path_factory.mktemp("prepared")
-    raw = write_sample(base / "raw", lesions=60, seed=1)
+    raw = write_sample(base / "raw", lesions=120, seed=1)  # a reference takes 50 validation pictures
     table, accounting = read_dataset("sample", raw)
     packed = pack_images(table, raw, SIZE, base / "work")
     pairs = near_duplicates(packed.fingerprints)
@@ -255,8 +256,11 @@ def test_step_writes_what_the_gate_and_the_package_read(prepared, evaluated):
     out = root / "processing" / "output" / "evaluation"
     assert sorted(f.name for f in out.iterdir()) == [
         "calibration.json",
+        "constraints.json",
         "evaluation.json",
         "predictions.parquet",
+        "reference.safetensors",
+        "statistics.json",
         "unknown.safetensors",
     ]
     for path in ("balanced_accuracy.low", "melanoma_sensitivity.value", "champion.difference", "champion.margin_left"):
@@ -302,6 +306,21 @@ def test_an_empty_folder_of_unknown_pictures_is_refused(prepared, tmp_path):
         file.unlink()
     done = evaluate(root)
     assert done.returncode != 0 and "skin-lesion data unknown" in done.stderr
+
+
+def test_step_leaves_what_requests_will_be_compared_with(prepared, evaluated):
+    root, evaluation, _ = evaluated
+    out, rows = root / "processing" / "output" / "evaluation", prepared[1]["validation"].rows
+    reference = load_reference(out)
+    assert reference.images == len(rows) and reference.label_counts["decision"].sum() == len(rows)
+    assert set(reference.labels["decision"]) <= {"abstain", *evaluation["classes"]}
+    assert reference.counts["age"].sum() == rows.age.notna().sum()
+    assert {"brightness", "skin_tone", "confidence", "malignant"} <= set(reference.counts)
+    statistics = json.loads((out / "statistics.json").read_text())
+    assert statistics["dataset"]["item_count"] == len(rows)
+    constraints = {f["name"]: f for f in json.loads((out / "constraints.json").read_text())["features"]}
+    assert set(constraints["sex"]["string_constraints"]["domains"]) == set(rows.sex.dropna())
+    assert constraints["confidence"]["num_constraints"] == {"is_non_negative": True}
 
 
 def test_predictions_give_the_reported_numbers(prepared, evaluated):
