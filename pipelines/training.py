@@ -115,7 +115,19 @@ def wiring(settings) -> SimpleNamespace:
     def run_uri(*parts):
         return Join("/", [f"s3://{bucket}/runs", ExecutionVariables.PIPELINE_EXECUTION_ID, *parts])
 
-    def processing(name, inputs, outputs, arguments, hours, property_files=None, notebook=None, instances=1):
+    def processing(
+        name,
+        inputs,
+        outputs,
+        arguments,
+        hours,
+        property_files=None,
+        notebook=None,
+        instances=1,
+        isolated=True,
+        **options,
+    ):
+        environment = options.pop("environment", None)
         processor = Processor(
             role=role,
             image_uri=image,
@@ -128,7 +140,8 @@ def wiring(settings) -> SimpleNamespace:
             max_runtime_in_seconds=hours * HOUR,
             sagemaker_session=session,
             tags=tags,
-            network_config=NetworkConfig(True, security_groups, subnets, encrypt_inter_container_traffic=True),
+            env=environment,
+            network_config=NetworkConfig(isolated, security_groups, subnets, encrypt_inter_container_traffic=True),
         )
         folder = "/opt/ml/processing"
         step_args = processor.run(
@@ -160,7 +173,7 @@ def wiring(settings) -> SimpleNamespace:
                 *(word for option, value in arguments.items() for word in (f"--{option}", value)),
             ],
         )
-        return ProcessingStep(name, step_args, property_files=property_files, **JOB)
+        return ProcessingStep(name, step_args, property_files=property_files, **JOB | options)
 
     def prepare():
         """The steps that make the shards, `prepare` last. With several hosts each of them decodes its own part of the
@@ -245,6 +258,7 @@ def wiring(settings) -> SimpleNamespace:
         parameter=parameter,
         places=[input_data, champion_data, image, role, processing_instance, training_instance],
         image=image,
+        champion=champion_data,
         role=role,
         session=session,
         tags=tags,

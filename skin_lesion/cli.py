@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
-           'search', 'runs', 'step', 'models', 'approve', 'predict']
+           'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown', 'serve']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def main():
     skin-lesion run training --dataset ham10000 --data-dir ~/ham10000
     skin-lesion run experiments                           several networks, one table
     skin-lesion predict runs/latest/model.tar.gz photos/  probabilities of a folder of pictures
+    skin-lesion serve runs/latest/model.tar.gz            an endpoint as on SageMaker, and a page to try it
     """
 
 # %% ../nbs/90_cli.ipynb #8d382c9e
@@ -345,3 +347,87 @@ def predict(model, images, out, prevalence):
     for reason in refused: click.echo(f'left out: {reason}', err=True)
     click.echo(f'{len(names)} pictures in {out}, {len(refused)} left out')
     if refused: sys.exit(1)
+
+
+@main.command()
+@click.argument('model', type=Place(path_type=str))
+@click.argument('source', metavar='INPUT')
+@click.argument('output', type=click.Path(dir_okay=False, path_type=Path))
+@click.option('--prevalence', type=click.Choice(['equal', 'dataset']), default='equal', show_default=True,
+              help='Class shares that the probabilities assume, as in `predict`.')
+def batch(model, source, output, prevalence):
+    """Probabilities of all pictures of INPUT by MODEL, in order and in bounded memory: a long `predict`.
+
+    INPUT is a folder, an s3:// prefix, or a list: a text file with a path a line, a .csv with a column `path`, or a SageMaker
+    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A picture that
+    cannot be used has its reason in `refused`. After an interruption the same command goes on where it was."""
+    from skin_lesion.cloud.upload import list_objects, read_object
+    from skin_lesion.serving.batch import batch as run_batch
+    from skin_lesion.serving.batch import ENDINGS, file_content, pictures_in, pictures_of_list
+    click.echo('Research use only; not for diagnosis.', err=True)
+    if source.startswith('s3://'): pictures = [p for p in list_objects(source) if Path(p[0]).suffix.lower() in ENDINGS]
+    elif Path(source).is_dir(): pictures = pictures_in(Path(source))
+    elif Path(source).is_file(): pictures = pictures_of_list(Path(source))
+    else: raise click.UsageError(f'There is no folder or list {source}.')
+    if not pictures: raise click.UsageError(f'There is no picture in {source}.')
+    content = lambda place: read_object(place) if place.startswith('s3://') else file_content(place)
+    total, refused = run_batch(_package(model), pictures, output, prevalence, content)
+    click.echo(f'{total:,} pictures in {output}, {refused:,} of them refused')
+
+
+@main.command()
+@click.argument('version', type=int, required=False)
+@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@click.option('--port', default=0, help='Of a local server; a free one when left out.')
+@set_option
+def deploy(version, place, port, pairs):
+    """Deploys the approved VERSION, or the newest approved one, as the endpoint of setting serving.endpoint.
+
+    It must answer smoke pictures first. A second time it replaces what is there, and goes back to that if it fails."""
+    loaded = load_settings(_overrides(pairs))
+    if place == 'sagemaker':
+        from skin_lesion.cloud.endpoint import deploy as deploy_endpoint
+        return deploy_endpoint(loaded, version, echo=click.echo)
+    from skin_lesion.cloud.deploy import approved, deploy_locally
+    root = Path(loaded['local.runs'].value)
+    found = approved(root, loaded['aws.model_package_group'].value, version)
+    state = deploy_locally(found, root/'endpoints'/loaded['serving.endpoint'].value, port)
+    click.echo(f"version {state['version']} answers at {state['address']} (a page is there, too); skin-lesion teardown stops it")
+
+
+@main.command()
+@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@set_option
+def teardown(place, pairs):
+    "Takes the endpoint of setting serving.endpoint down, with everything that `deploy` made for it."
+    loaded = load_settings(_overrides(pairs))
+    name = loaded['serving.endpoint'].value
+    if place == 'sagemaker':
+        from skin_lesion.cloud.endpoint import teardown as teardown_endpoint
+        teardown_endpoint(loaded)
+    else:
+        from skin_lesion.cloud.deploy import teardown_locally
+        teardown_locally(Path(loaded['local.runs'].value)/'endpoints'/name)
+    click.echo(f'{name} is not there any more')
+
+
+# %% ../nbs/90_cli.ipynb #fd8ac2a6
+@main.command()
+@click.argument('model', required=False)
+@click.option('--port', default=8080, show_default=True, help='0 takes a free one; the first line of the output says which.')
+@click.option('--host', default='0.0.0.0', show_default=True)
+@click.option('--capture', metavar='DIR|S3', help='Keep requests and answers here (setting serving.capture).')
+@click.option('--workers', type=click.IntRange(1), help='Processes that share the port (setting serving.workers).')
+@set_option
+def serve(model, port, host, capture, workers, pairs):
+    """Serves MODEL, a model.tar.gz, a folder or a version of the local registry, by SageMaker's hosting contract.
+
+    Without MODEL, as a container is started by SageMaker: /opt/ml/model. The page for a browser is at /."""
+    from skin_lesion.serving.server import serve as serve_model
+    overrides = _overrides(pairs)
+    if capture: overrides['serving.capture'] = capture
+    if workers: overrides['serving.workers'] = str(workers)
+    loaded = load_settings(overrides)
+    options = {name.removeprefix('serving.'): s.value for name, s in loaded.items() if name.startswith('serving.')}
+    package = _package(model) if model else Path(os.environ.get('SKIN_LESION_ROOT', '/opt/ml'))/'model'
+    sys.exit(serve_model(package, options | {'kms_key': loaded['aws.kms_key'].value}, host, port))

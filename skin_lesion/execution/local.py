@@ -61,14 +61,14 @@ def data_folder(
 def run_parameters(
     settings: dict[str, Setting],
     definition: dict,   # compiled
-    raw: Path,          # folder of the raw data set
+    raw: Path | None,   # folder of the raw data set, for a pipeline that reads one
     champion: Path,     # folder with champion.json
 ) -> dict[str, str]:
     "The pipeline parameters of a local run, as text."
     text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
     refuse_unused(definition, settings)
     values = {parameter_name(name): text(s.value) for name, s in pipeline_settings(settings).items()} | {
-        'InputData': raw.resolve().as_uri(), 'ChampionData': champion.resolve().as_uri()}
+        'ChampionData': champion.resolve().as_uri(), 'DeployPlace': 'local'} | ({'InputData': raw.resolve().as_uri()} if raw else {})
     return {p['Name']: values[p['Name']] for p in definition['Parameters'] if p['Name'] in values}
 
 # %% ../../nbs/execution/08_local.ipynb #ac30f213
@@ -83,9 +83,10 @@ def run_locally(
     root.mkdir(parents=True, exist_ok=True)
     if resume: result = engine.run(None, root=root, run_id=resume, resume=True, parallel=settings['local.parallel'].value)
     else:
-        raw = data_folder(settings['data.dataset'].value, data_dir)
-        champion = champion_folder(root, settings['aws.model_package_group'].value)
         definition = definition_for(pipeline, settings)
+        reads = any(p['Name'] == 'InputData' for p in definition['Parameters'])
+        raw = data_folder(settings['data.dataset'].value, data_dir) if reads else None
+        champion = champion_folder(root, settings['aws.model_package_group'].value)
         result = engine.run(definition, run_parameters(settings, definition, raw, champion), root,
                             parallel=settings['local.parallel'].value, name=f'skin-lesion-{pipeline}')
     report = write_report(result.folder)
