@@ -30,7 +30,14 @@ SETTINGS = {
     "SKIN_LESION_DATA_DATASET": "ham10000",
     "STATE_MACHINE_ARN": MACHINE,
 }
-DRIFT = {"kind": "drift", "text": "sharpness fell by 0.41 in 2 of the last 3 windows"}
+DRIFT = {
+    "endpoint": "skin-lesion",
+    "alarm": True,
+    "drift": True,
+    "lasting": True,
+    "aspects": [{"aspect": "sharpness", "effect": 0.41, "adjusted": 1e-9}],
+    "quality": [],
+}
 
 
 def fill(text, **values):
@@ -74,6 +81,7 @@ def account(tmp_path, zips, monkeypatch):
     rules = json.loads(
         fill(
             (ROOT / "pipelines" / "retraining.rules.json").read_text(),
+            bucket=BUCKET,
             model_package_group=GROUP,
             state_machine_arn=MACHINE,
         )
@@ -126,7 +134,7 @@ def evaluated(wrong_challenger, wrong_champion):
 
 
 def put_event(account, detail):
-    entry = {"Source": "skin-lesion.monitor", "DetailType": "drift", "Detail": json.dumps(detail)}
+    entry = {"Source": "skin-lesion.monitor", "DetailType": "Skin lesion monitoring", "Detail": json.dumps(detail)}
     answer = account.client("events").put_events(Entries=[entry])
     assert answer["FailedEntryCount"] == 0
     return f"asked-{answer['Entries'][0]['EventId']}"
@@ -204,6 +212,12 @@ def test_drift_trains_compares_approves_and_deploys_and_a_second_alarm_is_refuse
     assert [line["event"] for line in record(account, monkeypatch)] == ["started", "ended", "refused"]
     sent = messages(account)
     assert len(sent) == 2 and "Version 2 is approved" in sent[0] and "The approved version serves" in sent[1]
+
+
+def test_an_alarm_that_does_not_last_is_no_reason(account, monkeypatch):
+    done = ended(account, put_event(account, DRIFT | {"lasting": False}))
+    assert done["status"] == "SUCCEEDED" and "no drift that lasts" in json.loads(done["output"])["says"]
+    assert account.starts == [] and record(account, monkeypatch) == []
 
 
 def test_a_failing_retrain_alarms_and_the_champion_serves_on(account, monkeypatch):
