@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from PIL import Image
 
 from skin_lesion.monitoring.capture import Capture, record
 
-AT = datetime(2026, 3, 1, 9, 30, 5, tzinfo=timezone.utc)
+AT = datetime(2026, 3, 1, 9, 30, 5, tzinfo=UTC)
 LINE = record("image/jpeg", None, [{"width": 600}], {"predictions": []}, "r", AT)
 
 
@@ -117,7 +117,7 @@ def test_a_place_that_comes_back_gets_what_waited(tmp_path):
     assert (capture.written, capture.lost, len(lines(tmp_path))) == (5, 0, 5)
 
 
-def test_lost_records_are_counted_in_the_metrics_and_requests_go_on(tmp_path):
+def test_a_place_that_cannot_be_written_to_fails_no_request(tmp_path):
     (tmp_path / "file").touch()
     package = colours_package(tmp_path / "package")
     with Served(package, "--capture", str(tmp_path / "file" / "below")) as server:

@@ -24,15 +24,21 @@ def record_place(
     return f's3://{settings["aws.bucket"].value}/retraining/record.jsonl'
 
 
+def _read_json(address: str) -> dict:
+    bucket, key = address.removeprefix('s3://').split('/', 1)
+    return json.load(boto3.client('s3').get_object(Bucket=bucket, Key=key)['Body'])
+
+
 def guard(
     id: str,         # name of the execution of the state machine
     event: dict,     # for `reason_of`
     settings: dict,
 ) -> dict:           # the line of the record
-    "Whether this event starts a retraining. Raises `ValueError` for an event without a reason."
-    force = bool(event.get('detail', event).get('force', False))
-    line = ask(record_place(settings), id, reason_of(event), limits_of(settings), count_labels(settings['retrain.labels'].value), force,
-               kms_key=settings['aws.kms_key'].value)
+    "Whether this event starts a retraining. Raises `ValueError` for a person or schedule without a reason."
+    if event.get('source') == 'aws.s3': event = _read_json(f's3://{event["detail"]["bucket"]["name"]}/{event["detail"]["object"]["key"]}')
+    if (reason := reason_of(event)) is None: return {'id': id, 'event': 'refused', 'says': 'not retrained: no drift that lasts, and no lower quality'}
+    line = ask(record_place(settings), id, reason, limits_of(settings), count_labels(settings['retrain.labels'].value),
+               force=event.get('force') is True, kms_key=settings['aws.kms_key'].value)
     print(redact(line['says']))
     return line
 
@@ -67,11 +73,6 @@ def start_stage(
     return {'arn': arn, 'poll_seconds': settings['retrain.poll_seconds'].value}
 
 # %% ../../nbs/cloud/07_retraining.ipynb #fddc449d
-def _read_json(address: str) -> dict:
-    bucket, key = address.removeprefix('s3://').split('/', 1)
-    return json.load(boto3.client('s3').get_object(Bucket=bucket, Key=key)['Body'])
-
-
 def challenger(
     execution: str,  # id of the training pipeline's execution
     settings: dict,

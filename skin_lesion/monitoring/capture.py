@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,14 +22,16 @@ from pathlib import Path
 def record(
     content_type: str,   # of the request
     body: bytes | None,  # of the request; None leaves the picture out
-    properties: list[dict],  # of the pictures; written in place of the body
+    properties: list[dict],  # of the pictures; written in place of the body, or into the answer where the body is kept
     answer: dict,        # what was said, without maps
     event_id: str,       # the request id
     at: datetime,        # when, UTC
 ) -> dict:               # a line of the file
     "One request and its answer, as SageMaker's data capture writes it."
     if body is None: observed, data, encoding = 'application/json', json.dumps({'contentType': content_type, 'pictures': properties}), 'JSON'
-    else: observed, data, encoding = content_type, base64.b64encode(body).decode(), 'BASE64'
+    else:
+        observed, data, encoding = content_type, base64.b64encode(body).decode(), 'BASE64'
+        answer = answer | {'pictures': properties}
     return {'captureData': {
                 'endpointInput': {'observedContentType': observed, 'mode': 'INPUT', 'data': data, 'encoding': encoding},
                 'endpointOutput': {'observedContentType': 'application/json', 'mode': 'OUTPUT', 'data': json.dumps(answer), 'encoding': 'JSON'}},
@@ -79,8 +82,8 @@ class Capture:
         "Whether this request is in the sample."
         return random.random() < self.share
 
-    def put(self, record: dict):
-        "Hands a record over. Never waits and never fails."
+    def put(self, record: dict | Callable[[], dict]):
+        "Hands a record over, or what makes it: that is called by the thread, off the request path. Never waits and never fails."
         try: self.records.put_nowait(record)
         except queue.Full: self.lost += 1
 
@@ -95,6 +98,7 @@ class Capture:
         while more:
             try:
                 record = self.records.get(timeout=max(0.05, began + self.max_seconds - time.monotonic()))
+                if callable(record): record = self._made(record)
                 more = record is not None
                 if more:
                     lines.append((record['eventMetadata']['inferenceTime'], json.dumps(record).encode() + b'\n'))
@@ -104,6 +108,12 @@ class Capture:
             lines = self._flush(lines)
             size, began = sum(len(line) for _, line in lines), time.monotonic()
         self.lost += len(lines)
+
+    def _made(self, make: Callable[[], dict]) -> dict:
+        try: return make()
+        except Exception:  # of whatever measures a picture; the count tells
+            self.lost += 1
+            raise queue.Empty from None  # as if nothing had come
 
     def _flush(self, lines: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
         "Writes a file for each hour; returns what could not be written and may be tried again."

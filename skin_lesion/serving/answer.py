@@ -69,6 +69,7 @@ class Answerer(Predictor):
         if (self.folder/'unknown.safetensors').exists():
             from skin_lesion.evaluation.unknown import Unknown
             self.unknown = Unknown.load(self.folder)
+        self.with_features = self.unknown is not None   # the server wants them for capture, too
         self.why_no_maps = '' if 'maps' in self.outputs else (
             f'explain is not possible: this package has no class activation maps. Either the network ({self.model["architecture"]}) has '
             'none, or the package is older than they are; train again to get them')
@@ -78,7 +79,7 @@ class Answerer(Predictor):
         explain: bool,              # maps, too
     ) -> list[dict]:                # a picture's row of each output of the graph
         "One run of the network."
-        names = ['logits'] + ['features']*bool(self.unknown) + ['maps']*(explain and not self.why_no_maps)
+        names = ['logits'] + ['features']*self.with_features + ['maps']*(explain and not self.why_no_maps)
         return [dict(zip(names, rows)) for rows in zip(*self.run(names, np.stack(squares), len(squares)))]
 
     def answer(self,

@@ -98,6 +98,7 @@ class Service:
         self.metrics, self.ready, self.draining = Metrics(), asyncio.Event(), False
         self.requests = self.uploads = 0   # under way; being read
         self.limit = options['body_mb'] << 20
+        self.sketch = lambda squares, rows: [{}]*len(squares)   # what capture keeps of pictures beside their quality
         self.page = project_file('nbs', 'serving', 'page.html').read_bytes()
         self.openapi = project_file('nbs', 'serving', 'openapi.json').read_bytes()
         self.capture = Capture(options['capture'], options['endpoint'], options['capture_share'], options['kms_key']) if options['capture'] else None
@@ -106,10 +107,17 @@ class Service:
         "Loads the network and runs it once in each size that matters. `/ping` is 200 from then on."
         loop, largest = asyncio.get_running_loop(), self.options['batch']
         self.answerer = await loop.run_in_executor(self.pool, Answerer, self.package, self.threads)
+        if self.capture and (self.package/'reference.safetensors').exists(): await loop.run_in_executor(self.pool, self._refer)
         self.batcher = Batcher(self.answerer.infer, largest, self.options['queue'], self.metrics.batch.observe)
         black = np.zeros((self.answerer.image_size,) * 2 + (3,), np.uint8)
         for count in (1, largest): await self.batcher([black] * count)
         self.ready.set()
+
+    def _refer(self):
+        "Capture keeps what the monitor compares with the package's reference."
+        from skin_lesion.monitoring.reference import load_reference, sketch   # pandas and SciPy, which answers do without
+        reference, self.answerer.with_features = load_reference(self.package), True
+        self.sketch = lambda squares, rows: sketch(reference, squares, np.stack([row['features'] for row in rows]))
 
     def application(self) -> web.Application:
         "The routes."
@@ -208,7 +216,7 @@ class Service:
 
     async def _answer(self, form: str, content_type: str, body: bytes, explain: bool, request_id: str, told: dict) -> bytes:
         "From the body to the answer: decoding, the network, the words."
-        loop = asyncio.get_running_loop()
+        loop, began = asyncio.get_running_loop(), time.perf_counter()
         sent, seen = await loop.run_in_executor(self.pool, self._decode, content_type, body)
         explain |= sent.explain
         if explain and self.answerer.why_no_maps: raise Refusal(400, self.answerer.why_no_maps)
@@ -218,7 +226,7 @@ class Service:
         answers = await work if work else self._words(sent, seen, rows, explain)
         told['decisions'] = [answer.get('decision', 'error') for answer in answers][:16]
         common = {'model': self.answerer.about, 'request_id': request_id, 'notice': NOTICE}
-        if self.capture and self.capture.wanted(): self._keep(content_type, body, sent, answers, common)
+        if self.capture and self.capture.wanted(): self._keep(content_type, body, sent, seen, rows, answers, common | {'ms': round((time.perf_counter() - began)*1000, 1)})
         return render(form, sent, answers, common)
 
     def _decode(self, content_type: str, body: bytes) -> tuple[Request, list]:
@@ -234,12 +242,15 @@ class Service:
             for fault in answer.get('reasons', ()): self.metrics.reasons.labels(fault['reason']).inc()
         return answers
 
-    def _keep(self, content_type: str, body: bytes, sent: Request, answers: list[dict], common: dict):
+    def _keep(self, content_type: str, body: bytes, sent: Request, seen: list, rows: list[dict], answers: list[dict], common: dict):
         "Hands the request to capture. Maps show the picture, so they are left out."
         said = [{name: value for name, value in answer.items() if name != 'explanation'} for answer in answers]
-        properties = [answer.get('quality', {}) | asked.patient for asked, answer in zip(sent.asked, answers)]
-        self.capture.put(record(content_type, body if self.options['capture_pictures'] else None, properties,
-                                {'predictions': said, **common}, common['request_id'], datetime.now(timezone.utc)))
+        at, kept = datetime.now(timezone.utc), body if self.options['capture_pictures'] else None
+        def make() -> dict:
+            sketches = iter(self.sketch([square for square, _ in seen], rows))
+            properties = [answer.get('quality', {}) | asked.patient | (next(sketches) if asked.picture else {}) for asked, answer in zip(sent.asked, answers)]
+            return record(content_type, kept, properties, {'predictions': said, **common}, common['request_id'], at)
+        self.capture.put(make)
 
 # %% ../../nbs/serving/06_server.ipynb #e3054a17
 async def _work(listener: socket.socket, package: Path, options: dict, threads: int, parent: int):
