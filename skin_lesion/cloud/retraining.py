@@ -10,11 +10,11 @@ import json
 
 import boto3
 
-from .sagemaker import publish_champion, redact
+from .sagemaker import follow, publish_champion, redact
 from ..monitoring.retrain import ask, count_labels, ended, limits_of, reason_of, verdict
 
 # %% auto #0
-__all__ = ['record_place', 'guard', 'start_stage', 'challenger', 'decide', 'failed', 'ask_by_hand']
+__all__ = ['record_place', 'guard', 'start_stage', 'challenger', 'decide', 'failed', 'run_stage', 'ask_by_hand']
 
 # %% ../../nbs/cloud/07_retraining.ipynb #fe04d7a3
 def record_place(
@@ -125,6 +125,21 @@ def failed(
                  kms_key=settings['aws.kms_key'].value)
     print(line['says'])
     return line
+
+# %% ../../nbs/cloud/07_retraining.ipynb #13e46b9f
+def run_stage(
+    id: str,         # of this retraining
+    stage: str,      # training or window
+    training: str | None,  # ARN of the execution that made the challenger; for window
+    settings: dict,
+) -> str:            # ARN of the execution
+    "Starts a stage and follows it to its end. Raises `RuntimeError` when it fails; that is on the record, too."
+    try:
+        arn = start_stage(id, stage, training, settings)['arn']
+        status = follow(arn, boto3.client('sagemaker'), settings['retrain.poll_seconds'].value)
+    except Exception as error: raise RuntimeError(failed(id, None, {'Error': type(error).__name__, 'Cause': str(error)}, settings)['says']) from None
+    if status != 'Succeeded': raise RuntimeError(failed(id, arn, None, settings)['says'])
+    return arn
 
 # %% ../../nbs/cloud/07_retraining.ipynb #4da4543c
 def ask_by_hand(
