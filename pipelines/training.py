@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from sagemaker.core.drift_check_baselines import DriftCheckBaselines
 from sagemaker.core.model_metrics import MetricsSource, ModelMetrics
 from sagemaker.core.network import NetworkConfig
 from sagemaker.core.processing import Processor
@@ -97,7 +98,7 @@ def wiring(settings) -> SimpleNamespace:
     parameter = {
         name: setting_parameter(name, s.value)
         for name, s in pipeline_settings(settings).items()
-        if name.split(".")[0] != "experiments"
+        if name.split(".")[0] not in ("experiments", "monitoring")
     }
     input_data = ParameterString("InputData", f"s3://{bucket}/raw/sample")
     champion_data = ParameterString("ChampionData", f"s3://{bucket}/champion/{group}")
@@ -284,7 +285,15 @@ def build(settings) -> Pipeline:
     evaluate = wired.evaluate(prepare, model, property_files=[evaluation])
     register = wired.package(model, evaluate)
     package = Join("/", [output(register, "package"), "model.tar.gz"])
-    metrics = MetricsSource("application/json", Join("/", [output(evaluate, "evaluation"), "evaluation.json"]))
+    evaluated = {
+        name: MetricsSource("application/json", Join("/", [output(evaluate, "evaluation"), f"{name}.json"]))
+        for name in ("evaluation", "statistics", "constraints")
+    }
+    baselines = DriftCheckBaselines(
+        model_statistics=evaluated["evaluation"],
+        model_data_statistics=evaluated["statistics"],
+        model_data_constraints=evaluated["constraints"],
+    )
     add_to_registry = ModelStep(
         "model",
         ModelBuilder(
@@ -298,7 +307,8 @@ def build(settings) -> Pipeline:
             response_types=["application/json"],
             inference_instances=["ml.m5.large", "ml.m5.xlarge", "ml.c5.xlarge"],
             transform_instances=["ml.m5.xlarge", "ml.c5.xlarge"],
-            model_metrics=ModelMetrics(model_statistics=metrics),
+            model_metrics=ModelMetrics(model_statistics=evaluated["evaluation"]),
+            drift_check_baselines=baselines,
             approval_status="PendingManualApproval",
             customer_metadata_properties={
                 "execution": ExecutionVariables.PIPELINE_EXECUTION_ID,

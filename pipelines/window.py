@@ -14,7 +14,7 @@ def build(settings) -> Pipeline:
     bucket = wired.aws["bucket"]
     challenger = ParameterString("ChallengerData", f"s3://{bucket}/challenger")
     captures = ParameterString("CaptureData", f"s3://{bucket}/capture/{settings['serving.endpoint'].value}")
-    labels = ParameterString("LabelData", f"s3://{bucket}/ground-truth")
+    labels = ParameterString("LabelsData", f"s3://{bucket}/labels/{settings['serving.endpoint'].value}")
     inputs = {"challenger": challenger, "champion": wired.champion, "captures": captures, "labels": labels}
     window = wired.processing("window", inputs, ["comparison"], {}, hours=2, cache_config=None)
     used = ("ChampionData", "ImageUri", "RoleArn", "ProcessingInstance")

@@ -24,7 +24,7 @@ MACHINE = f"arn:aws:states:{REGION}:{ACCOUNT}:stateMachine:retraining"
 SETTINGS = {
     "SKIN_LESION_RETRAIN_POLL_SECONDS": "1",
     "SKIN_LESION_RETRAIN_NEW_LABELS": "0",
-    "SKIN_LESION_RETRAIN_LABELS": f"s3://{BUCKET}/ground-truth",
+    "SKIN_LESION_RETRAIN_LABELS": f"s3://{BUCKET}/labels",
     "SKIN_LESION_RETRAIN_AUTOMATIC": "true",
     "SKIN_LESION_SERVING_CAPTURE": f"s3://{BUCKET}/capture",
     "SKIN_LESION_DATA_DATASET": "ham10000",
@@ -175,7 +175,7 @@ def statuses(account):
 
 def test_drift_trains_compares_approves_and_deploys_and_a_second_alarm_is_refused(account, monkeypatch):
     label = {"groundTruthData": {"data": "NV", "encoding": "CSV"}, "eventMetadata": {"eventId": "a"}}
-    account.client("s3").put_object(Bucket=BUCKET, Key="ground-truth/2026/01/01/00/a.jsonl", Body=json.dumps(label))
+    account.client("s3").put_object(Bucket=BUCKET, Key="labels/2026/01/01/00/a.jsonl", Body=json.dumps(label))
 
     def window(execution):
         place = f"runs/{execution}/window/comparison/window.json"
@@ -198,7 +198,7 @@ def test_drift_trains_compares_approves_and_deploys_and_a_second_alarm_is_refuse
     data = {"DataDataset": "ham10000", "InputData": f"s3://{BUCKET}/raw/ham10000"}
     assert sent == {"ChampionData": champion, **data}
     assert served == {"ChampionData": challenger, "DeployPlace": "sagemaker"}
-    assert compared["ChampionData"] == champion and compared["LabelData"] == f"s3://{BUCKET}/ground-truth"
+    assert compared["ChampionData"] == champion and compared["LabelsData"] == f"s3://{BUCKET}/labels"
     assert compared["CaptureData"] == f"s3://{BUCKET}/capture/skin-lesion"
     package = account.client("s3").get_object(Bucket=BUCKET, Key="champion/skin-lesion/2/model.tar.gz")["Body"].read()
     assert compared["ChallengerData"] == f"s3://{BUCKET}/runs/{package.decode()}"

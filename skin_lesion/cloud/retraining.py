@@ -55,7 +55,7 @@ def _parameters(stage: str, training: str | None, settings: dict) -> dict[str, s
         return {'ChampionData': champion, 'DataDataset': dataset, 'InputData': f's3://{bucket}/raw' + (f'/{dataset}' if ',' not in dataset else '')}
     if stage == 'window':
         return {'ChampionData': champion, 'ChallengerData': challenger(_execution_id(training), settings)['package'].rsplit('/', 1)[0],
-                'CaptureData': f'{settings["serving.capture"].value}/{settings["serving.endpoint"].value}', 'LabelData': settings['retrain.labels'].value}
+                'CaptureData': f'{settings["serving.capture"].value}/{settings["serving.endpoint"].value}', 'LabelsData': settings['retrain.labels'].value}
     return {'ChampionData': champion, 'DeployPlace': 'sagemaker'}
 
 

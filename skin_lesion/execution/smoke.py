@@ -50,6 +50,10 @@ def fill_inputs(name: str, roots: dict[str, Path]):
         from skin_lesion.data.sample import write_sample  # draws with numpy and OpenCV, which no other step waits for here
         write_sample(root/'processing'/'input'/'raw', lesions=24, seed=1)
     if name == 'deploy': (root/'processing'/'input'/'champion'/'champion.json').write_text(json.dumps({'version': 1}))
+    if name == 'monitor':
+        from skin_lesion.monitoring.example import write_example  # no server has run: a program draws requests
+        drawn = write_example(root/'drawn', blurred=2)
+        for place in ('package', 'capture', 'labels'): shutil.copytree(drawn/place, root/'processing'/'input'/place)
     if name == 'evaluate':
         (root/'processing'/'input'/'champion').mkdir(parents=True)
         (root/'processing'/'input'/'champion'/'champion.json').write_text(json.dumps({'version': None}))

@@ -164,7 +164,7 @@ class Estimate:
     ) -> Estimate:
         "Adds some answers; itself."
         q = at_prevalence(np.asarray(p, float), self.class_shares)[np.arange(len(p)), p.argmax(axis=1)]
-        self.images, self.right, self.variance = self.images + len(q), self.right + q.sum(), self.variance + (q*(1 - q)).sum()
+        self.images, self.right, self.variance = self.images + len(q), self.right + float(q.sum()), self.variance + float((q*(1 - q)).sum())
         return self
 
     def accuracy(self) -> dict | None:  # {"value", "low", "high", "estimated": True}
@@ -182,4 +182,4 @@ def check_estimate(
     if not judged.y: return None
     p = np.array(judged.p)
     promised, measured = Estimate(class_shares).add(p).accuracy(), float((p.argmax(axis=1) == np.array(judged.y)).mean())
-    return {'images': len(p), 'estimated': promised, 'measured': measured, 'holds': promised['low'] <= measured <= promised['high']}
+    return {'images': len(p), 'estimated': promised, 'measured': measured, 'holds': bool(promised['low'] <= measured <= promised['high'])}
