@@ -6,7 +6,7 @@
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
            'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown', 'serve', 'retrain',
-           'simulate', 'monitor']
+           'watch', 'simulate', 'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -477,6 +477,28 @@ def retrain(reason, event, place, force, data_dir, capture, labels, pairs):
         click.echo((lines['ended'] or lines['asked'])['says'])
     click.echo(f'report: {root/"processing"/"output"/"report"/"70_retrain.ipynb"}')
     sys.exit(code)
+
+# %% ../nbs/90_cli.ipynb #6d26fc10
+@main.command()
+@click.option('--capture', required=True, type=folder_argument, help='Folder of captured requests (setting serving.capture).')
+@click.option('--labels', type=click.Path(path_type=Path), help="Ground truth in SageMaker's format; it may come later.")
+@click.option('--minutes', default=60., show_default=True, help='From the start of a round to that of the next.')
+@click.option('--data-dir', help='Folder of the data set that is trained on.')
+@set_option
+def watch(capture, labels, minutes, data_dir, pairs):
+    """Monitors the endpoint on this machine every so often, and retrains when drift lasts or quality fell. SIGTERM ends it.
+
+    The guards of section retrain see to it that an alarm that lasts does not train twice."""
+    from skin_lesion.execution.retrain import stopped_by_signals
+    from skin_lesion.execution.retrain import watch as watch_here
+    loaded = load_settings(_overrides(pairs))
+    command = [sys.executable, '-c', 'from skin_lesion.cli import main; main()']
+    settings_ = [word for pair in pairs for word in ('--set', pair)]
+    known = lambda: ['--labels', str(labels)] if labels and labels.exists() else []
+    monitor = lambda: [*command, 'monitor', '--capture', str(capture), *known(), *settings_]
+    retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *settings_, *(['--data-dir', data_dir] if data_dir else [])]
+    rounds = watch_here(monitor, Path(loaded['local.runs'].value)/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
+    click.echo(f'stopped after {rounds} rounds')
 
 # %% ../nbs/90_cli.ipynb #e889522f
 def _address(endpoint: str) -> str:

@@ -15,6 +15,7 @@ import requests
 from moto.awslambda_simple.models import LambdaSimpleBackend
 from moto.events.models import Rule, events_backends
 from moto.sagemaker.models import FakePipelineExecution, SageMakerModelBackend
+from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
 from moto.utilities.arns import parse_arn
 
@@ -41,14 +42,17 @@ class Account:
 
     def __init__(self, folder: Path, url: str):
         self.folder, self.url = folder, url
+        self.session, self.clients = boto3.session.Session(), {}
         self.outcomes = {}  # pipeline to (status, reason); Succeeded where a test says nothing
         self.jobs = {}  # pipeline to what its jobs leave behind, called with the id of the execution
         self.starts = []  # (pipeline, parameters)
         self.logs = []  # of the functions
 
     def client(self, service):
-        keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
-        return boto3.session.Session().client(service, region_name=REGION, endpoint_url=self.url, **keys)
+        if service not in self.clients:
+            keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
+            self.clients[service] = self.session.client(service, region_name=REGION, endpoint_url=self.url, **keys)
+        return self.clients[service]
 
     def run_handler(self, function, body) -> tuple[int, bytes]:
         folder = self.folder / function.function_name
@@ -101,7 +105,8 @@ def chain(account: Account, patch: pytest.MonkeyPatch):
             if status == "Succeeded" and pipeline in account.jobs:
                 account.jobs[pipeline](number)
             execution.pipeline_execution_status, execution.pipeline_execution_failure_reason = status, reason
-        return described(backend, arn)
+        answer = described(backend, arn)
+        return answer | {"FailureReason": execution.pipeline_execution_failure_reason or ""}
 
     update = SageMakerModelBackend.update_model_package
 
@@ -121,6 +126,8 @@ def chain(account: Account, patch: pytest.MonkeyPatch):
     patch.setattr(FakePipelineExecution, "__init__", begun)
     patch.setattr(SageMakerModelBackend, "describe_pipeline_execution", describe)
     patch.setattr(SageMakerModelBackend, "update_model_package", updated)
+    no_steps = lambda self: json.dumps({"PipelineExecutionSteps": []})  # moto has no such answer at all
+    patch.setattr(SageMakerResponse, "list_pipeline_execution_steps", no_steps, raising=False)
 
 
 def serve(folder: Path, patch: pytest.MonkeyPatch):

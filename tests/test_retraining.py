@@ -153,7 +153,7 @@ def ended(account, prefix, seconds=240):
         found = [e for e in executions(account, prefix) if e["status"] != "RUNNING"]
         if found:
             return found[0]
-        time.sleep(0.2)
+        time.sleep(0.5)
     raise AssertionError(f"{prefix} has not ended in {seconds} s: {account.logs[-3:]}")
 
 
@@ -285,6 +285,20 @@ def test_a_person_asks_through_the_route(account):
     assert json.loads(done["input"])["by"] == "user/anna"
     assert json.loads(done["output"])["outcome"] == "promoted"
     assert ended(account, "approved-")["status"] == "SUCCEEDED"
+
+
+def test_the_command_line_goes_through_the_stages_under_the_same_guards(account, monkeypatch, project):
+    account.jobs = {
+        "skin-lesion-training": lambda e: register(account, e, "PendingManualApproval", evaluated(4, 20)),
+    }
+    project.env |= SETTINGS | {"AWS_ENDPOINT_URL": account.url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    project.env["AWS_DEFAULT_REGION"] = REGION
+    done = project.cli("retrain", "--reason", "a new dermatoscope", "--on", "sagemaker")
+    assert done.returncode == 0 and "Version 2 is approved" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert ACCOUNT not in done.stdout
+    again = project.cli("retrain", "--reason", "impatience", "--on", "sagemaker")
+    assert again.returncode == 0 and "not retrained: cool-down" in again.stdout, again.stdout[-2000:]
+    assert [line["event"] for line in record(account, monkeypatch)] == ["started", "ended", "refused"]
 
 
 def statements():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 
 import boto3
 
@@ -154,5 +155,6 @@ def ask_by_hand(
         asked = {'kind': 'person', 'text': sent.get('reason'), 'by': caller.split(':')[-1] or 'unknown', 'force': sent.get('force') is True}
         reason_of(asked)
     except (ValueError, AttributeError) as error: return {'statusCode': 400, 'body': json.dumps({'error': f'{error} Send {{"reason": TEXT}}.'})}
-    started = boto3.client('stepfunctions').start_execution(stateMachineArn=state_machine, input=json.dumps(asked))
-    return {'statusCode': 202, 'body': json.dumps({'execution': started['executionArn'].split(':')[-1]})}
+    name = f'person-{uuid.uuid4().hex}'
+    boto3.client('stepfunctions').start_execution(stateMachineArn=state_machine, name=name, input=json.dumps(asked))
+    return {'statusCode': 202, 'body': json.dumps({'execution': name})}

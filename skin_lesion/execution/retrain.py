@@ -21,7 +21,7 @@ from .runs import find_run, read_state
 from ..monitoring.retrain import ask, count_labels, ended, limits_of, reason_of, verdict
 
 # %% auto #0
-__all__ = ['record_here', 'begin', 'train', 'conclude', 'watch', 'stopped_by_signals']
+__all__ = ['MONITORED', 'record_here', 'begin', 'train', 'conclude', 'watch', 'stopped_by_signals']
 
 # %% ../../nbs/execution/10_retrain.ipynb #364d65d0
 def record_here(
@@ -80,6 +80,9 @@ def conclude(
     return ended(place, line['id'], outcome, f'Version {version["version"]} {says[outcome]}. {answer["says"]}', version=version['version'])
 
 # %% ../../nbs/execution/10_retrain.ipynb #3f88b1ef
+MONITORED = 0, 4   # exit codes of `skin-lesion monitor`: without and with an alarm
+
+
 def _run(words: list[str], stop: threading.Event) -> int:
     "Runs a command; ends it when `stop` is set."
     process = subprocess.Popen(words)
@@ -89,9 +92,9 @@ def _run(words: list[str], stop: threading.Event) -> int:
 
 
 def watch(
-    monitor: list[str],   # command
+    monitor: Callable,    # () -> command, made anew for each round
     event: Path,          # the file that it writes
-    retrain: list[str],   # command that `--event FILE` is added to
+    retrain: Callable,    # () -> command that `--event FILE` is added to
     seconds: float,       # from the start of a round to that of the next
     stop: threading.Event,  # ends the loop
     echo: Callable = print,
@@ -100,13 +103,13 @@ def watch(
     rounds = 0
     while not stop.is_set():
         began, rounds = time.time(), rounds + 1
-        code = _run(monitor, stop)
+        code = _run(monitor(), stop)
         if stop.is_set(): break
-        found = json.loads(event.read_text()) if code == 0 and event.exists() and event.stat().st_mtime >= began - 1 else None
+        found = json.loads(event.read_text()) if code in MONITORED and event.exists() and event.stat().st_mtime >= began - 1 else None
         reason = found and reason_of(found)
         why = f'{reason["kind"]}: {reason["text"]}' if reason else 'no reason to retrain' if found else f'the monitor ended with exit code {code} and left no event'
         echo(f'{datetime.now():%H:%M:%S} round {rounds}: {why}')
-        if reason: _run([*retrain, '--event', str(event)], stop)
+        if reason: _run([*retrain(), '--event', str(event)], stop)
         stop.wait(max(0, began + seconds - time.time()))
     return rounds
 
