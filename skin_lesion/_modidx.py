@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'skin_lesion.cli.retrain': ('cli.html#retrain', 'skin_lesion/cli.py'),
                                  'skin_lesion.cli.run_': ('cli.html#run_', 'skin_lesion/cli.py'),
                                  'skin_lesion.cli.runs': ('cli.html#runs', 'skin_lesion/cli.py'),
+                                 'skin_lesion.cli.schedule': ('cli.html#schedule', 'skin_lesion/cli.py'),
                                  'skin_lesion.cli.search': ('cli.html#search', 'skin_lesion/cli.py'),
                                  'skin_lesion.cli.serve': ('cli.html#serve', 'skin_lesion/cli.py'),
                                  'skin_lesion.cli.settings': ('cli.html#settings', 'skin_lesion/cli.py'),

@@ -6,7 +6,7 @@
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_download', 'data_upload', 'data_duplicates', 'data_features', 'compile_', 'run_',
            'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown', 'serve', 'retrain',
-           'watch', 'simulate', 'monitor']
+           'watch', 'schedule', 'simulate', 'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -499,6 +499,15 @@ def watch(capture, labels, minutes, data_dir, pairs):
     retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *settings_, *(['--data-dir', data_dir] if data_dir else [])]
     rounds = watch_here(monitor, Path(loaded['local.runs'].value)/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
     click.echo(f'stopped after {rounds} rounds')
+
+# %% ../nbs/90_cli.ipynb #5f19f20b
+@main.command()
+@click.option('--cron', default='0 6 1 * ? *', show_default=True, help='Minute, hour, day, month, day of the week, year; UTC.')
+@set_option
+def schedule(cron, pairs):
+    "Puts the retraining notebook into the account as a SageMaker notebook job that runs on a schedule."
+    from skin_lesion.cloud.notebook_jobs import schedule_notebook
+    schedule_notebook(load_settings(_overrides(pairs)), cron, click.echo)
 
 # %% ../nbs/90_cli.ipynb #e889522f
 def _address(endpoint: str) -> str:

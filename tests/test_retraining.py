@@ -1,6 +1,7 @@
 """The closed loop on AWS: an event, the state machine run for real with the real handlers, the pipelines, the registry."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -299,6 +300,30 @@ def test_the_command_line_goes_through_the_stages_under_the_same_guards(account,
     again = project.cli("retrain", "--reason", "impatience", "--on", "sagemaker")
     assert again.returncode == 0 and "not retrained: cool-down" in again.stdout, again.stdout[-2000:]
     assert [line["event"] for line in record(account, monkeypatch)] == ["started", "ended", "refused"]
+
+
+def test_plain_papermill_runs_the_same_notebook_with_texts_as_a_notebook_job_does(account, monkeypatch, tmp_path):
+    out = tmp_path / "done.ipynb"
+    event = '{"kind": "schedule", "text": "the monthly retraining"}'
+    words = [
+        "-m",
+        "papermill",
+        ROOT / "nbs/steps/70_retrain.ipynb",
+        out,
+        "-p",
+        "event",
+        event,
+        "-p",
+        "place",
+        "sagemaker",
+    ]
+    env = os.environ | SETTINGS | {"AWS_ENDPOINT_URL": account.url, "SKIN_LESION_ROOT": str(tmp_path / "root")}
+    env |= {"SKIN_LESION_RETRAIN_NEW_LABELS": "50", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [line] = record(account, monkeypatch)
+    assert line["reason"]["kind"] == "schedule" and line["event"] == "refused" and account.starts == []
+    assert "new labels: 0 pictures were labelled since the last one, 50 are needed" in out.read_text()
 
 
 def statements():
