@@ -44,18 +44,22 @@ def test_a_new_challenger_is_judged_and_the_same_again_changes_nothing(trained):
     assert done.returncode == 0 and f"Version {best} again" in record[-1]["says"], record[-1]
 
 
-def test_a_failing_retrain_says_so_and_the_champion_stays(trained):
-    before = trained.cli("models").stdout
-    done, record = retrain(trained, "--reason", "too strict", gate__balanced_accuracy_low="0.999", train__seed="3")
+def test_a_failing_retrain_says_so_and_the_champion_stays(project):
+    (project.work / "tiny").mkdir()  # a data set without its tables
+    before = project.cli("models").stdout
+    done, record = retrain(project, "--reason", "new pictures")
     assert done.returncode == 1 and "champion goes on serving" in done.stderr, done.stderr[-2000:]
-    assert record[-1]["outcome"] == "failed" and "below" in record[-1]["says"]
-    assert trained.cli("models").stdout == before
+    assert [line["event"] for line in record] == ["started", "ended"]
+    assert record[-1]["outcome"] == "failed" and "prepare" in record[-1]["says"], record[-1]
+    assert project.cli("models").stdout == before
 
 
-def test_a_refusal_is_a_result_and_names_the_guard(trained):
-    done, record = retrain(trained, "--reason", "no labels came", retrain__new_labels="50")
+def test_a_refusal_is_a_result_and_names_the_guard(project):
+    (project.work / "tiny").mkdir()
+    done, record = retrain(project, "--reason", "no labels came", retrain__new_labels="50")
     assert done.returncode == 0 and "new labels: 0 pictures" in done.stdout and record[-1]["event"] == "refused"
-    both = trained.cli("retrain")
+    assert not list((project.work / "runs").glob("*/steps.json"))
+    both = project.cli("retrain")
     assert both.returncode == 2 and "--reason TEXT or --event FILE" in both.stderr
 
 
