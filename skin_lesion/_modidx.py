@@ -893,6 +893,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.record_here': ( 'execution/retrain.html#record_here',
                                                                                               'skin_lesion/execution/retrain.py'),
+                                               'skin_lesion.execution.retrain.serve_promoted': ( 'execution/retrain.html#serve_promoted',
+                                                                                                 'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.stopped_by_signals': ( 'execution/retrain.html#stopped_by_signals',
                                                                                                      'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.train': ( 'execution/retrain.html#train',

@@ -455,7 +455,7 @@ def _variables(loaded: dict) -> dict[str, str]:
 def retrain(reason, event, place, force, data_dir, capture, labels, pairs):
     """Trains again, if the guards allow it, and lets the challenger take over if it is not worse than the champion.
 
-    The guards are settings of section retrain. What was asked, answered and decided is in runs/retraining.jsonl."""
+    An endpoint on this machine then serves it. The guards are settings of section retrain. What was asked, answered and decided is in runs/retraining.jsonl."""
     import getpass
     from datetime import datetime
 
@@ -475,6 +475,9 @@ def retrain(reason, event, place, force, data_dir, capture, labels, pairs):
     if found.exists():
         lines = json.loads(found.read_text())
         click.echo((lines['ended'] or lines['asked'])['says'])
+        if place == 'local':
+            from skin_lesion.execution.retrain import serve_promoted
+            if state := serve_promoted(lines['ended'], loaded): click.echo(f'version {state["version"]} answers at {state["address"]}')
     click.echo(f'report: {root/"processing"/"output"/"report"/"70_retrain.ipynb"}')
     sys.exit(code)
 

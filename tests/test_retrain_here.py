@@ -4,11 +4,24 @@ import json
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
-from conftest import TINY, Project
+from conftest import TINY, Project, colours_package
 
+from skin_lesion.cloud.deploy import (
+    approved,
+    deploy_locally,
+    http_invoke,
+    read_endpoint,
+    smoke_pictures,
+    teardown_locally,
+)
+from skin_lesion.cloud.registry import approve, register
+from skin_lesion.execution.retrain import serve_promoted
 from skin_lesion.monitoring.retrain import read_record
+from skin_lesion.serving.package import pack
+from skin_lesion.settings import load_settings
 
 OPEN = {"retrain.new_labels": "0", "retrain.cooldown_hours": "0", "retrain.automatic": "true"}
 
@@ -61,6 +74,26 @@ def test_a_refusal_is_a_result_and_names_the_guard(project):
     assert not list((project.work / "runs").glob("*/steps.json"))
     both = project.cli("retrain")
     assert both.returncode == 2 and "--reason TEXT or --event FILE" in both.stderr
+
+
+def test_what_was_promoted_serves_where_an_endpoint_runs(tmp_path):
+    settings = load_settings({"local.runs": str(tmp_path / "runs")}, environ={})
+    root, endpoint = tmp_path / "runs", tmp_path / "runs" / "endpoints" / "skin-lesion"
+    for number in (1, 2):
+        folder = colours_package(tmp_path / f"package{number}")
+        (folder / "evaluation.json").write_text(json.dumps({"number": number}))
+        register(pack(folder, tmp_path / f"{number}.tar.gz"), {"ModelPackageGroupName": "skin-lesion"}, root)
+        approve(root, number, reason="for this test")
+    first = deploy_locally(approved(root, "skin-lesion", 1), endpoint)
+    try:
+        assert serve_promoted({"outcome": "kept", "version": 2}, settings) is None
+        assert read_endpoint(endpoint) == first
+        time.sleep(1.1)  # a server's log is named by the second of its start
+        assert serve_promoted({"outcome": "promoted", "version": 2}, settings)["version"] == 2
+        status, answer = http_invoke(read_endpoint(endpoint)["address"])(smoke_pictures()[0], "image/jpeg")
+        assert (status, len(answer["predictions"])) == (200, 1)
+    finally:
+        teardown_locally(endpoint)
 
 
 def test_watch_ends_on_sigterm(project):

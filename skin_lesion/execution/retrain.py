@@ -15,13 +15,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..cloud.deploy import approved, deploy_locally, read_endpoint
 from ..cloud.registry import approve, champion, read_package, versions
 from .local import run_locally
 from .runs import find_run, read_state
 from ..monitoring.retrain import ask, count_labels, ended, limits_of, reason_of, verdict
 
 # %% auto #0
-__all__ = ['MONITORED', 'record_here', 'begin', 'train', 'conclude', 'watch', 'stopped_by_signals']
+__all__ = ['MONITORED', 'record_here', 'begin', 'train', 'conclude', 'serve_promoted', 'watch', 'stopped_by_signals']
 
 # %% ../../nbs/execution/10_retrain.ipynb #364d65d0
 def record_here(
@@ -76,8 +77,19 @@ def conclude(
     outcome = ('promoted' if settings['retrain.automatic'].value else 'waits') if answer['won'] else 'kept'
     status = {'promoted': 'Approved', 'waits': 'PendingManualApproval', 'kept': 'Rejected'}[outcome]
     approve(root, version['version'], status, by='retrain', reason=answer['says'], group=group)
-    says = {'promoted': 'is approved: skin-lesion deploy', 'waits': f'won and waits: skin-lesion approve {version["version"]} --reason WHY', 'kept': 'is rejected; the champion goes on serving'}
+    says = {'promoted': 'is approved', 'waits': f'won and waits: skin-lesion approve {version["version"]} --reason WHY', 'kept': 'is rejected; the champion goes on serving'}
     return ended(place, line['id'], outcome, f'Version {version["version"]} {says[outcome]}. {answer["says"]}', version=version['version'])
+
+# %% ../../nbs/execution/10_retrain.ipynb #db98ec44
+def serve_promoted(
+    end: dict | None,  # of `conclude`
+    settings: dict,
+) -> dict | None:      # as `read_endpoint`; None where nothing changed
+    "Deploys what was promoted, if the endpoint is there. Raises `RuntimeError` if it fails the smoke test."
+    root = Path(settings['local.runs'].value)
+    folder = root/'endpoints'/settings['serving.endpoint'].value
+    if not end or end['outcome'] != 'promoted' or read_endpoint(folder) is None: return None
+    return deploy_locally(approved(root, settings['aws.model_package_group'].value, end['version']), folder)
 
 # %% ../../nbs/execution/10_retrain.ipynb #3f88b1ef
 MONITORED = 0, 4   # exit codes of `skin-lesion monitor`: without and with an alarm
