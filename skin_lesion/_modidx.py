@@ -887,6 +887,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'skin_lesion/execution/report.py')},
             'skin_lesion.execution.retrain': { 'skin_lesion.execution.retrain._run': ( 'execution/retrain.html#_run',
                                                                                        'skin_lesion/execution/retrain.py'),
+                                               'skin_lesion.execution.retrain._weights': ( 'execution/retrain.html#_weights',
+                                                                                           'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.begin': ( 'execution/retrain.html#begin',
                                                                                         'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.conclude': ( 'execution/retrain.html#conclude',

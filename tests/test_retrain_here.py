@@ -54,7 +54,7 @@ def test_a_new_challenger_is_judged_and_the_same_again_changes_nothing(trained):
     assert list((trained.work / "runs" / "retraining").glob("*/processing/output/report/70_retrain.ipynb"))
     best = max(version for version, m in models.items() if m["status"] == "Approved")
     done, record = retrain(trained, "--reason", "as the champion", train__seed=str(best))
-    assert done.returncode == 0 and f"Version {best} again" in record[-1]["says"], record[-1]
+    assert done.returncode == 0 and f"weights of version {best}, the champion, again" in record[-1]["says"], record[-1]
 
 
 def test_a_failing_retrain_says_so_and_the_champion_stays(project):

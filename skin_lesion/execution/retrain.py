@@ -5,10 +5,12 @@
 # %% ../../nbs/execution/10_retrain.ipynb #812be11e
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import signal
 import subprocess
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -61,6 +63,10 @@ def train(
     return find_run(root)
 
 # %% ../../nbs/execution/10_retrain.ipynb #51705bbb
+def _weights(package: Path) -> str:
+    with tarfile.open(package, 'r:gz') as archive: return hashlib.file_digest(archive.extractfile('model.safetensors'), 'sha256').hexdigest()
+
+
 def conclude(
     line: dict,      # of `begin`
     run: Path,       # the run's folder, of `train`
@@ -71,8 +77,10 @@ def conclude(
     root, group, place = Path(settings['local.runs'].value), settings['aws.model_package_group'].value, record_here(settings)
     sha256 = read_package(run/'model.tar.gz')['sha256']
     version, best = next(v for v in versions(root, group) if v['sha256'] == sha256), champion(root, group)
-    if best and best['version'] == version['version']:
-        return ended(place, line['id'], 'kept', f'Version {version["version"]} again: nothing that training depends on has changed.', version=version['version'])
+    if best and _weights(Path(best['package'])) == _weights(run/'model.tar.gz'):
+        says = f'The weights of version {best["version"]}, the champion, again: nothing that training depends on has changed.'
+        if version['version'] != best['version']: approve(root, version['version'], 'Rejected', by='retrain', reason=says, group=group)
+        return ended(place, line['id'], 'kept', says, version=version['version'])
     answer = verdict(json.loads((run/'evaluation.json').read_text()), window, settings['gate.champion_margin'].value)
     outcome = ('promoted' if settings['retrain.automatic'].value else 'waits') if answer['won'] else 'kept'
     status = {'promoted': 'Approved', 'waits': 'PendingManualApproval', 'kept': 'Rejected'}[outcome]
