@@ -51,7 +51,7 @@ lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would chan
 	{ echo "Differs: run nbdev-export, nbdev-clean and make readme, and commit."; exit 1; }; done
 
 definitions: install  ## pipelines/definitions from pipelines/
-	for name in training experiments search deploy monitoring; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
+	for name in training experiments search deploy monitoring window notebook_jobs; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
 
 readme: install  ## README.md from nbs/index.ipynb
 	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md

@@ -6,7 +6,7 @@
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_unknown', 'data_download', 'data_upload', 'data_duplicates', 'data_features',
            'compile_', 'run_', 'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown',
-           'serve', 'monitor']
+           'serve', 'retrain', 'watch', 'schedule', 'simulate', 'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -447,6 +447,117 @@ def serve(model, port, host, capture, workers, pairs):
     options = {name.removeprefix('serving.'): s.value for name, s in loaded.items() if name.startswith('serving.')}
     package = _package(model) if model else Path(os.environ.get('SKIN_LESION_ROOT', '/opt/ml'))/'model'
     sys.exit(serve_model(package, options | {'kms_key': loaded['aws.kms_key'].value}, host, port))
+
+# %% ../nbs/90_cli.ipynb #619526c7
+def _variables(loaded: dict) -> dict[str, str]:
+    "The settings that are no defaults as variables, for a process that starts in another folder."
+    text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
+    found = {name: text(s.value) for name, s in loaded.items() if s.source != 'settings.ini'}
+    found['local.runs'] = str(Path(loaded['local.runs'].value).resolve())
+    if (labels := loaded['retrain.labels'].value) and not labels.startswith('s3://'): found['retrain.labels'] = str(Path(labels).resolve())
+    return {'SKIN_LESION_' + name.upper().replace('.', '_'): value for name, value in found.items()}
+
+
+@main.command()
+@click.option('--reason', help='Why, in words; kept on the record.')
+@click.option('--event', type=click.Path(exists=True, dir_okay=False, path_type=Path), help='The event.json of the monitor, in place of a reason.')
+@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@click.option('--force', is_flag=True, help='Pass all guards but the first: that no other retraining runs.')
+@click.option('--data-dir', help='Folder of the downloaded data set.')
+@click.option('--capture', type=folder_argument, help='Captured requests with pictures, for the comparison on the newest window.')
+@click.option('--labels', type=click.Path(exists=True), help="Ground truth in SageMaker's format (setting retrain.labels).")
+@set_option
+def retrain(reason, event, place, force, data_dir, capture, labels, pairs):
+    """Trains again, if the guards allow it, and lets the challenger take over if it is not worse than the champion.
+
+    An endpoint on this machine then serves it. The guards are settings of section retrain. What was asked, answered and decided is in runs/retraining.jsonl."""
+    import getpass
+    from datetime import datetime
+
+    from skin_lesion.execution.step import run_step
+    if (reason is None) == (event is None): raise click.UsageError('Give either --reason TEXT or --event FILE.')
+    loaded = load_settings(_overrides(pairs) | ({'retrain.labels': labels} if labels else {}))
+    asked = event.read_text() if event else json.dumps({'kind': 'person', 'text': reason, 'by': getpass.getuser()})
+    words = ['--event', asked, '--place', place, '--force', str(force).lower()]
+    if place == 'local':
+        from skin_lesion.execution.local import data_folder
+        words += ['--data_dir', str(data_folder(loaded['data.dataset'].value, data_dir).resolve())]
+    if capture: words += ['--captures', str(capture.resolve())]
+    root = Path(loaded['local.runs'].value).resolve()/'retraining'/f'{datetime.now():%Y%m%dT%H%M%S}'
+    os.environ.update(_variables(loaded), SKIN_LESION_ROOT=str(root))
+    code = run_step('retrain', words)
+    found = root/'processing'/'output'/'retraining'/'retraining.json'
+    if found.exists():
+        lines = json.loads(found.read_text())
+        click.echo((lines['ended'] or lines['asked'])['says'])
+        if place == 'local':
+            from skin_lesion.execution.retrain import serve_promoted
+            if state := serve_promoted(lines['ended'], loaded): click.echo(f'version {state["version"]} answers at {state["address"]}')
+    click.echo(f'report: {root/"processing"/"output"/"report"/"70_retrain.ipynb"}')
+    sys.exit(code)
+
+# %% ../nbs/90_cli.ipynb #6d26fc10
+@main.command()
+@click.option('--capture', required=True, type=folder_argument, help='Folder of captured requests (setting serving.capture).')
+@click.option('--labels', type=click.Path(path_type=Path), help="Ground truth in SageMaker's format; it may come later.")
+@click.option('--minutes', default=60., show_default=True, help='From the start of a round to that of the next.')
+@click.option('--data-dir', help='Folder of the data set that is trained on.')
+@set_option
+def watch(capture, labels, minutes, data_dir, pairs):
+    """Monitors the endpoint on this machine every so often, and retrains when drift lasts or quality fell. SIGTERM ends it.
+
+    The guards of section retrain see to it that an alarm that lasts does not train twice."""
+    from skin_lesion.execution.retrain import stopped_by_signals
+    from skin_lesion.execution.retrain import watch as watch_here
+    loaded = load_settings(_overrides(pairs))
+    command = [sys.executable, '-c', 'from skin_lesion.cli import main; main()']
+    settings_ = [word for pair in pairs for word in ('--set', pair)]
+    known = lambda: ['--labels', str(labels)] if labels and labels.exists() else []
+    monitor = lambda: [*command, 'monitor', '--capture', str(capture), *known(), *settings_]
+    retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *settings_, *(['--data-dir', data_dir] if data_dir else [])]
+    rounds = watch_here(monitor, Path(loaded['local.runs'].value)/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
+    click.echo(f'stopped after {rounds} rounds')
+
+# %% ../nbs/90_cli.ipynb #5f19f20b
+@main.command()
+@click.option('--cron', default='0 6 1 * ? *', show_default=True, help='Minute, hour, day, month, day of the week, year; UTC.')
+@set_option
+def schedule(cron, pairs):
+    "Puts the retraining notebook into the account as a SageMaker notebook job that runs on a schedule."
+    from skin_lesion.cloud.notebook_jobs import schedule_notebook
+    schedule_notebook(load_settings(_overrides(pairs)), cron, click.echo)
+
+# %% ../nbs/90_cli.ipynb #e889522f
+def _address(endpoint: str) -> str:
+    "The http:// address of an endpoint: itself, or that of the one of this name on this machine."
+    if endpoint.startswith('http'): return endpoint
+    from skin_lesion.cloud.deploy import read_endpoint
+    state = read_endpoint(Path(load_settings()['local.runs'].value)/'endpoints'/endpoint)
+    if state is None: raise ValueError(f'No endpoint {endpoint!r} runs here. Start one: skin-lesion deploy, or give its address, http://host:port.')
+    return state['address']
+
+
+@main.command()
+@click.argument('endpoint')
+@click.argument('folder', type=folder_argument)
+@click.option('--rate', default=5., show_default=True, help='Requests a second.')
+@click.option('--seconds', default=60., show_default=True)
+@click.option('--drift', type=click.Choice(['blur', 'dark', 'cast', 'jpeg']), help='What is wrong with the pictures; nothing when left out.')
+@click.option('--dataset', help='The data set in FOLDER, whose diagnoses are then filed as labels.')
+@click.option('--labels', type=click.Path(path_type=Path), default=Path('labels.jsonl'), show_default=True, help='Where to; lines are added.')
+def simulate(endpoint, folder, rate, seconds, drift, dataset, labels):
+    "Replays the pictures of FOLDER to ENDPOINT, an http:// address or the name of an endpoint here."
+    import numpy as np
+
+    from skin_lesion.monitoring.simulate import replay, write_truth
+    found = replay(_address(endpoint), folder, rate, seconds, drift)
+    click.echo(', '.join(f'{status}: {count}' for status, count in found.statuses.most_common()))
+    if len(found.milliseconds): click.echo('p50 {:.0f} ms, p95 {:.0f} ms'.format(*np.quantile(found.milliseconds, [.5, .95])))
+    if dataset:
+        from skin_lesion.data.combine import read_datasets
+        table, _ = read_datasets(dataset, folder)
+        click.echo(f'{write_truth(labels, found.answered, dict(zip(table.image_id, table.diagnosis)))} labels in {labels}')
+    if not found.answered: raise click.ClickException('No request was answered.')
 
 # %% ../nbs/90_cli.ipynb #62a4c4e4
 ALARM = 4   # exit code

@@ -153,7 +153,7 @@ def validate(
     return problems
 
 # %% ../../nbs/cloud/02_compile.ipynb #9a34a8f8
-CALLS_AWS = ('deploy',)  # steps that speak to SageMaker itself, which isolation forbids; their private network bounds what they reach
+CALLS_AWS = ('deploy', 'retrain')  # steps that speak to SageMaker itself, which isolation forbids; their private network bounds what they reach
 
 
 def unsafe_jobs(

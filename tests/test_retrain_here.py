@@ -1,0 +1,106 @@
+"""The loop on one machine: the command line trains, compares and decides, and a person reads why."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import TINY, Project, colours_package
+
+from skin_lesion.cloud.deploy import (
+    approved,
+    deploy_locally,
+    http_invoke,
+    read_endpoint,
+    smoke_pictures,
+    teardown_locally,
+)
+from skin_lesion.cloud.registry import approve, register
+from skin_lesion.execution.retrain import serve_promoted
+from skin_lesion.monitoring.retrain import read_record
+from skin_lesion.serving.package import pack
+from skin_lesion.settings import load_settings
+
+OPEN = {"retrain.new_labels": "0", "retrain.cooldown_hours": "0", "retrain.automatic": "true"}
+
+
+@pytest.fixture(scope="module")
+def trained(finished, tmp_path_factory):
+    """A copy of the finished project, whose first version is approved."""
+    project = Project(tmp_path_factory.mktemp("retrain"))
+    shutil.rmtree(project.work)
+    shutil.copytree(finished.work, project.work, symlinks=True)
+    assert project.cli("approve", "1", "--reason", "first").returncode == 0
+    return project
+
+
+def retrain(project, *words, **settings):
+    pairs = TINY | OPEN | {name.replace("__", "."): value for name, value in settings.items()}
+    done = project.cli("retrain", *words, "--data-dir", "tiny", *(f"--set={n}={v}" for n, v in pairs.items()))
+    return done, read_record(str(project.work / "runs" / "retraining.jsonl"))
+
+
+def test_a_new_challenger_is_judged_and_the_same_again_changes_nothing(trained):
+    done, record = retrain(trained, "--reason", "another seed", train__seed="2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [line["event"] for line in record] == ["started", "ended"]
+    assert record[0]["reason"]["text"] == "another seed" and record[1]["version"] == 2
+    models = {m["version"]: m for m in json.loads(trained.cli("models", "--json").stdout)}
+    assert models[2]["status"] == {"promoted": "Approved", "kept": "Rejected"}[record[1]["outcome"]]
+    assert models[2]["history"][-1]["reason"] in record[1]["says"]
+    assert "frozen test" in record[1]["says"] and record[1]["says"] in done.stdout
+    assert list((trained.work / "runs" / "retraining").glob("*/processing/output/report/70_retrain.ipynb"))
+    best = max(version for version, m in models.items() if m["status"] == "Approved")
+    done, record = retrain(trained, "--reason", "as the champion", train__seed=str(best))
+    assert done.returncode == 0 and f"weights of version {best}, the champion, again" in record[-1]["says"], record[-1]
+
+
+def test_a_failing_retrain_says_so_and_the_champion_stays(project):
+    (project.work / "tiny").mkdir()  # a data set without its tables
+    before = project.cli("models").stdout
+    done, record = retrain(project, "--reason", "new pictures")
+    assert done.returncode == 1 and "champion goes on serving" in done.stderr, done.stderr[-2000:]
+    assert [line["event"] for line in record] == ["started", "ended"]
+    assert record[-1]["outcome"] == "failed" and "prepare" in record[-1]["says"], record[-1]
+    assert project.cli("models").stdout == before
+
+
+def test_a_refusal_is_a_result_and_names_the_guard(project):
+    (project.work / "tiny").mkdir()
+    done, record = retrain(project, "--reason", "no labels came", retrain__new_labels="50")
+    assert done.returncode == 0 and "new labels: 0 pictures" in done.stdout and record[-1]["event"] == "refused"
+    assert not list((project.work / "runs").glob("*/steps.json"))
+    both = project.cli("retrain")
+    assert both.returncode == 2 and "--reason TEXT or --event FILE" in both.stderr
+
+
+def test_what_was_promoted_serves_where_an_endpoint_runs(tmp_path):
+    settings = load_settings({"local.runs": str(tmp_path / "runs")}, environ={})
+    root, endpoint = tmp_path / "runs", tmp_path / "runs" / "endpoints" / "skin-lesion"
+    for number in (1, 2):
+        folder = colours_package(tmp_path / f"package{number}")
+        (folder / "evaluation.json").write_text(json.dumps({"number": number}))
+        register(pack(folder, tmp_path / f"{number}.tar.gz"), {"ModelPackageGroupName": "skin-lesion"}, root)
+        approve(root, number, reason="for this test")
+    first = deploy_locally(approved(root, "skin-lesion", 1), endpoint)
+    try:
+        assert serve_promoted({"outcome": "kept", "version": 2}, settings) is None
+        assert read_endpoint(endpoint) == first
+        time.sleep(1.1)  # a server's log is named by the second of its start
+        assert serve_promoted({"outcome": "promoted", "version": 2}, settings)["version"] == 2
+        status, answer = http_invoke(read_endpoint(endpoint)["address"])(smoke_pictures()[0], "image/jpeg")
+        assert (status, len(answer["predictions"])) == (200, 1)
+    finally:
+        teardown_locally(endpoint)
+
+
+def test_watch_ends_on_sigterm(project):
+    (project.work / "captured").mkdir()
+    words = project.command("watch", "--capture", "captured", "--minutes", "10")
+    watching = subprocess.Popen(words, cwd=project.work, env=project.env, stdout=subprocess.PIPE, text=True)
+    first = watching.stdout.readline()
+    assert "round 1: the monitor ended with exit code" in first, first
+    watching.send_signal(signal.SIGTERM)
+    assert watching.wait(30) == 0 and "stopped after 1 rounds" in watching.stdout.read()
