@@ -17,8 +17,7 @@ locals {
 
   repository  = "${path.root}/.."
   definitions = { for path in fileset("${local.repository}/pipelines/definitions", "*.json") : trimsuffix(path, ".json") => file("${local.repository}/pipelines/definitions/${path}") }
-  lambdas     = { for path in fileset("${path.root}/lambdas", "*/handler.py") : dirname(path) => "${path.root}/build/${dirname(path)}.zip" }
-  asl         = "${local.repository}/pipelines/retraining.asl.json"
+  lambdas     = [for path in fileset("${path.root}/lambdas", "*/handler.py") : dirname(path)]
 }
 
 module "keys" {
@@ -132,7 +131,13 @@ module "automation" {
   topic_arn           = module.observability.topic_arn
   buckets             = module.storage.names
   lambdas             = local.lambdas
-  state_machine       = fileexists(local.asl) ? file(local.asl) : ""
+  lambdas_folder      = "${path.root}/lambdas"
+  zips_folder         = "${path.root}/build"
+  state_machine_file  = "${local.repository}/pipelines/retraining.asl.json"
+  rules_file          = "${local.repository}/pipelines/retraining.rules.json"
+  data_key_alias      = module.keys.data_alias
+  endpoint_name       = var.endpoint_name
+  automatic_approval  = var.automatic_approval
   pipelines           = module.sagemaker.pipelines
   model_package_group = var.model_package_group
   retraining_schedule = var.retraining_schedule

@@ -1,6 +1,7 @@
 variable "name" {
-  description = "Beginning of every name, e.g. skin-lesion."
+  description = "Beginning of every name. The command line looks for pipelines that begin with skin-lesion-."
   type        = string
+  default     = "skin-lesion"
   validation {
     condition     = can(regex("^[a-z][a-z0-9-]{2,20}$", var.name))
     error_message = "name must be 3 to 21 lower-case letters, digits or hyphens, and begin with a letter."
@@ -276,3 +277,13 @@ variable "schedules_enabled" {
   }
 }
 
+
+variable "automatic_approval" {
+  description = "Whether a challenger that beats the champion is approved without a person: setting retrain.automatic. Never in prod."
+  type        = bool
+  default     = false
+  validation {
+    condition     = !(var.automatic_approval && var.environment == "prod")
+    error_message = "automatic_approval must be false in prod: a person approves what answers there."
+  }
+}

@@ -44,8 +44,11 @@ mock_provider "aws" {
   mock_resource "aws_ecr_repository" {
     defaults = { repository_url = "000000000000.dkr.ecr.eu-west-1.amazonaws.com/mock" }
   }
+  mock_resource "aws_apigatewayv2_api" {
+    defaults = { execution_arn = "arn:aws:execute-api:eu-west-1:000000000000:mock", api_endpoint = "https://mock.execute-api.eu-west-1.amazonaws.com" }
+  }
   mock_resource "aws_lambda_function" {
-    defaults = { arn = "arn:aws:lambda:eu-west-1:000000000000:function:mock" }
+    defaults = { invoke_arn = "arn:aws:apigateway:eu-west-1:lambda:path/2015-03-31/functions/mock/invocations", arn = "arn:aws:lambda:eu-west-1:000000000000:function:mock" }
   }
   mock_resource "aws_sfn_state_machine" {
     defaults = { arn = "arn:aws:states:eu-west-1:000000000000:stateMachine:skin-lesion-retraining" }

@@ -70,24 +70,6 @@ variable "buckets" {
   }
 }
 
-variable "lambdas" {
-  description = "Lambda (a folder of terraform/lambdas) to its zip file, made by `make lambdas`."
-  type        = map(string)
-  validation {
-    condition     = alltrue([for zip in values(var.lambdas) : endswith(zip, ".zip")])
-    error_message = "lambdas must be zip files."
-  }
-}
-
-variable "state_machine" {
-  description = "The retraining state machine in Amazon States Language, as it is committed; empty: there is none."
-  type        = string
-  validation {
-    condition     = var.state_machine == "" || can(jsondecode(var.state_machine).States)
-    error_message = "state_machine must be JSON with States, or empty."
-  }
-}
-
 variable "pipelines" {
   description = "Pipeline to its ARN, of module sagemaker."
   type        = map(string)
@@ -146,3 +128,75 @@ variable "log_retention_days" {
   }
 }
 
+
+variable "lambdas" {
+  description = "Folders of lambdas_folder, each a function: retrain_guard is the function <name>-retrain-guard."
+  type        = list(string)
+  validation {
+    condition     = alltrue([for l in var.lambdas : can(regex("^[a-z][a-z_]*$", l))])
+    error_message = "lambdas must be lower-case names with underscores."
+  }
+}
+
+variable "lambdas_folder" {
+  description = "Folder of the Lambdas, each with handler.py and policy.json, what it may do."
+  type        = string
+  validation {
+    condition     = length(var.lambdas_folder) > 0
+    error_message = "lambdas_folder must be a folder."
+  }
+}
+
+variable "zips_folder" {
+  description = "Folder of their zip files, made by `make lambdas`."
+  type        = string
+  validation {
+    condition     = length(var.zips_folder) > 0
+    error_message = "zips_folder must be a folder."
+  }
+}
+
+variable "state_machine_file" {
+  description = "The retraining state machine, pipelines/retraining.asl.json. Without Lambdas there is no state machine."
+  type        = string
+  validation {
+    condition     = endswith(var.state_machine_file, ".asl.json")
+    error_message = "state_machine_file must end in .asl.json."
+  }
+}
+
+variable "rules_file" {
+  description = "Which events start it (asked, approved) and which tell people (lost), pipelines/retraining.rules.json."
+  type        = string
+  validation {
+    condition     = endswith(var.rules_file, ".json")
+    error_message = "rules_file must end in .json."
+  }
+}
+
+variable "data_key_alias" {
+  description = "Alias of the key of the data: setting aws.kms_key."
+  type        = string
+  validation {
+    condition     = startswith(var.data_key_alias, "alias/")
+    error_message = "data_key_alias must begin with alias/."
+  }
+}
+
+variable "endpoint_name" {
+  description = "Name of the endpoint: setting serving.endpoint."
+  type        = string
+  validation {
+    condition     = can(regex("^[a-zA-Z0-9][a-zA-Z0-9-]{0,62}$", var.endpoint_name))
+    error_message = "endpoint_name must be 1 to 63 letters, digits or hyphens."
+  }
+}
+
+variable "automatic_approval" {
+  description = "Whether a challenger that beats the champion is approved without a person: setting retrain.automatic."
+  type        = bool
+  validation {
+    condition     = var.automatic_approval != null
+    error_message = "automatic_approval must be true or false."
+  }
+}

@@ -88,6 +88,7 @@ resource "aws_vpc_security_group_ingress_rule" "endpoints" {
 
 # Jobs, endpoints and notebooks. They reach each other (hosts of one training), the services' endpoints and S3.
 resource "aws_security_group" "jobs" {
+  #checkov:skip=CKV2_AWS_5:SageMaker attaches it to jobs, endpoints and Studio
   name        = "${var.name}-jobs"
   description = "Jobs, endpoints and notebooks: each other, AWS services and S3, nothing else"
   vpc_id      = aws_vpc.this.id
