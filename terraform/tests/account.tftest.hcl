@@ -80,90 +80,50 @@ run "account" {
   }
 }
 
-run "refuses_an_unknown_environment" {
+# Every value here is wrong: each must be refused by its own variable.
+run "refuses_bad_values" {
   command = plan
   variables {
-    environment = "production"
+    name                       = "Skin Lesion"
+    environment                = "production"
+    region                     = "Ireland"
+    bucket_prefix              = "Under_Score"
+    image_tag                  = "latest"
+    cidr                       = "10.0.0.0/28"
+    zones                      = ["a"]
+    services                   = ["logs"]
+    log_retention_days         = 7
+    capture_days               = 1
+    logs_days                  = 30
+    endpoint_name              = "under_score"
+    instances_max              = 0
+    requests_per_instance      = 0
+    model_package_group        = "under_score"
+    metrics_namespace          = "AWS/SageMaker"
+    github_repository          = "skin-lesion"
+    users                      = ["some body"]
+    email                      = "people"
+    latency_p99_ms             = 0
+    balanced_accuracy_floor    = 1
+    melanoma_sensitivity_floor = 0
+    monthly_budget_usd         = 0
+    retraining_schedule        = "every month"
+    monitoring_schedule        = "every night"
   }
-  expect_failures = [var.environment]
+  expect_failures = [
+    var.name, var.environment, var.region, var.bucket_prefix, var.image_tag, var.cidr, var.zones, var.services,
+    var.log_retention_days, var.capture_days, var.logs_days, var.endpoint_name, var.instances_max,
+    var.requests_per_instance, var.model_package_group, var.metrics_namespace, var.github_repository, var.users, var.email,
+    var.latency_p99_ms, var.balanced_accuracy_floor, var.melanoma_sensitivity_floor, var.monthly_budget_usd,
+    var.retraining_schedule, var.monitoring_schedule,
+  ]
 }
 
-run "refuses_a_moving_tag" {
+run "refuses_approval_without_a_person_in_prod" {
   command = plan
   variables {
-    image_tag = "latest"
+    environment        = "prod"
+    automatic_approval = true
   }
-  expect_failures = [var.image_tag]
-}
-
-run "refuses_a_network_that_is_too_small" {
-  command = plan
-  variables {
-    cidr = "10.0.0.0/28"
-  }
-  expect_failures = [var.cidr]
-}
-
-run "refuses_one_zone" {
-  command = plan
-  variables {
-    zones = ["a"]
-  }
-  expect_failures = [var.zones]
-}
-
-run "refuses_a_network_without_the_way_to_sagemaker" {
-  command = plan
-  variables {
-    services = ["logs"]
-  }
-  expect_failures = [var.services]
-}
-
-run "refuses_a_retention_that_cloudwatch_does_not_offer" {
-  command = plan
-  variables {
-    log_retention_days = 7
-  }
-  expect_failures = [var.log_retention_days]
-}
-
-run "refuses_a_schedule_that_is_none" {
-  command = plan
-  variables {
-    retraining_schedule = "every month"
-  }
-  expect_failures = [var.retraining_schedule]
-}
-
-run "refuses_a_budget_of_nothing" {
-  command = plan
-  variables {
-    monthly_budget_usd = 0
-  }
-  expect_failures = [var.monthly_budget_usd]
-}
-
-run "refuses_a_repository_without_owner" {
-  command = plan
-  variables {
-    github_repository = "skin-lesion"
-  }
-  expect_failures = [var.github_repository]
-}
-
-run "refuses_metrics_in_the_name_of_aws" {
-  command = plan
-  variables {
-    metrics_namespace = "AWS/SageMaker"
-  }
-  expect_failures = [var.metrics_namespace]
-}
-
-run "refuses_a_name_that_is_no_address" {
-  command = plan
-  variables {
-    email = "people"
-  }
-  expect_failures = [var.email]
+  expect_failures = [var.automatic_approval]
 }

@@ -7,9 +7,11 @@ locals {
 
   function = { for lambda in var.lambdas : lambda => "${var.name}-${replace(lambda, "_", "-")}" }
   rules = jsondecode(!local.retrains ? "{}" : templatefile(var.rules_file, {
+    bucket              = var.buckets.processed
     model_package_group = var.model_package_group
     state_machine_arn   = local.machine
   }))
+  kinds  = local.retrains ? keys(jsondecode(file(var.rules_file))) : []                            # known before anything is made
   states = !local.retrains ? "" : replace(file(var.state_machine_file), "$${...}", "Placeholders") # its comment speaks of them
 
   notice = [
@@ -241,9 +243,9 @@ resource "aws_iam_role_policy" "starter" {
 }
 
 resource "aws_cloudwatch_event_rule" "start" {
-  for_each      = { for kind, says in { asked = "The monitor found drift, or quality below the baseline", approved = "A version was approved: deploy it" } : kind => says if local.retrains }
+  for_each      = setsubtract(local.kinds, ["lost"])
   name          = "${var.name}-${each.key}"
-  description   = each.value
+  description   = "Starts the state machine of retraining: ${each.key}"
   event_pattern = jsonencode(local.rules[each.key])
 }
 
@@ -264,7 +266,7 @@ resource "aws_cloudwatch_event_target" "start" {
 
 # What fails or ends badly is told to people at once.
 resource "aws_cloudwatch_event_rule" "failure" {
-  for_each = merge({ for kind in ["lost"] : "retraining" => local.rules[kind] if local.retrains }, {
+  for_each = merge({ for kind in setintersection(local.kinds, ["lost"]) : "retraining" => local.rules[kind] }, {
     pipeline = { source = ["aws.sagemaker"], detail-type = ["SageMaker Model Building Pipeline Execution Status Change"], detail = { currentPipelineExecutionStatus = ["Failed"] } }
     training = { source = ["aws.sagemaker"], detail-type = ["SageMaker Training Job State Change"], detail = { TrainingJobStatus = ["Failed"] } }
     endpoint = { source = ["aws.sagemaker"], detail-type = ["SageMaker Endpoint State Change"], detail = { EndpointStatus = ["FAILED", "UPDATE_ROLLBACK_FAILED"] } }

@@ -166,7 +166,7 @@ variable "state_machine_file" {
 }
 
 variable "rules_file" {
-  description = "Which events start it (asked, approved) and which tell people (lost), pipelines/retraining.rules.json."
+  description = "Which events start it and which one, lost, tells people: pipelines/retraining.rules.json."
   type        = string
   validation {
     condition     = endswith(var.rules_file, ".json")

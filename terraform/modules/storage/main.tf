@@ -52,7 +52,14 @@ resource "aws_s3_bucket_server_side_encryption_configuration" "this" {
   }
 }
 
+# The monitor's job has no way to EventBridge: what it writes is the event.
+resource "aws_s3_bucket_notification" "events" {
+  bucket      = aws_s3_bucket.this["processed"].id
+  eventbridge = true
+}
+
 resource "aws_s3_bucket_logging" "this" {
+  depends_on    = [aws_s3_bucket_policy.this]
   for_each      = local.encrypted
   bucket        = aws_s3_bucket.this[each.value].id
   target_bucket = aws_s3_bucket.this["logs"].id
