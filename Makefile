@@ -35,6 +35,9 @@ bench-monitoring: install  ## false alarms and power of the drift alarm on real 
 	test -x .venv-evidently/bin/python || ( uv venv -q .venv-evidently && VIRTUAL_ENV=.venv-evidently uv pip install -q evidently==0.7.23 'pandas<3' )
 	pytest tests/test_bench_monitoring.py -m slow -s
 
+image-test: install  ## builds both images with podman and runs them; needs podman, runc and, without a registry, mmdebstrap
+	pytest tests/test_images_build.py -m 'slow or not slow' --timeout 3600 -s
+
 lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
 	ruff check pipelines tests nbs
 	ruff format --check pipelines tests
@@ -45,7 +48,7 @@ lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would chan
 	{ echo "Differs: run nbdev-export, nbdev-clean and make readme, and commit."; exit 1; }; done
 
 definitions: install  ## pipelines/definitions from pipelines/
-	for name in training experiments search; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
+	for name in training experiments search deploy monitoring window notebook_jobs; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
 
 lambdas: install  ## zips of the Lambda functions, for terraform apply
 	python terraform/lambdas/build.py terraform/build
@@ -75,5 +78,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training bench-monitoring lint lambdas studio infra-readme test-infra definitions readme hooks lock
+.PHONY: help install run test notebooks bench bench-training bench-monitoring image-test lint lambdas studio infra-readme test-infra definitions readme hooks lock
 .DEFAULT_GOAL := help

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from sagemaker.core.drift_check_baselines import DriftCheckBaselines
 from sagemaker.core.model_metrics import MetricsSource, ModelMetrics
 from sagemaker.core.network import NetworkConfig
 from sagemaker.core.processing import Processor
@@ -97,7 +98,7 @@ def wiring(settings) -> SimpleNamespace:
     parameter = {
         name: setting_parameter(name, s.value)
         for name, s in pipeline_settings(settings).items()
-        if name.split(".")[0] != "experiments"
+        if name.split(".")[0] not in ("experiments", "monitoring")
     }
     input_data = ParameterString("InputData", f"s3://{bucket}/raw/sample")
     champion_data = ParameterString("ChampionData", f"s3://{bucket}/champion/{group}")
@@ -115,7 +116,19 @@ def wiring(settings) -> SimpleNamespace:
     def run_uri(*parts):
         return Join("/", [f"s3://{bucket}/runs", ExecutionVariables.PIPELINE_EXECUTION_ID, *parts])
 
-    def processing(name, inputs, outputs, arguments, hours, property_files=None, notebook=None, instances=1):
+    def processing(
+        name,
+        inputs,
+        outputs,
+        arguments,
+        hours,
+        property_files=None,
+        notebook=None,
+        instances=1,
+        isolated=True,
+        **options,
+    ):
+        environment = options.pop("environment", None)
         processor = Processor(
             role=role,
             image_uri=image,
@@ -128,7 +141,8 @@ def wiring(settings) -> SimpleNamespace:
             max_runtime_in_seconds=hours * HOUR,
             sagemaker_session=session,
             tags=tags,
-            network_config=NetworkConfig(True, security_groups, subnets, encrypt_inter_container_traffic=True),
+            env=environment,
+            network_config=NetworkConfig(isolated, security_groups, subnets, encrypt_inter_container_traffic=True),
         )
         folder = "/opt/ml/processing"
         step_args = processor.run(
@@ -160,7 +174,7 @@ def wiring(settings) -> SimpleNamespace:
                 *(word for option, value in arguments.items() for word in (f"--{option}", value)),
             ],
         )
-        return ProcessingStep(name, step_args, property_files=property_files, **JOB)
+        return ProcessingStep(name, step_args, property_files=property_files, **JOB | options)
 
     def prepare():
         """The steps that make the shards, `prepare` last. With several hosts each of them decodes its own part of the
@@ -245,6 +259,7 @@ def wiring(settings) -> SimpleNamespace:
         parameter=parameter,
         places=[input_data, champion_data, image, role, processing_instance, training_instance],
         image=image,
+        champion=champion_data,
         role=role,
         session=session,
         tags=tags,
@@ -270,7 +285,15 @@ def build(settings) -> Pipeline:
     evaluate = wired.evaluate(prepare, model, property_files=[evaluation])
     register = wired.package(model, evaluate)
     package = Join("/", [output(register, "package"), "model.tar.gz"])
-    metrics = MetricsSource("application/json", Join("/", [output(evaluate, "evaluation"), "evaluation.json"]))
+    evaluated = {
+        name: MetricsSource("application/json", Join("/", [output(evaluate, "evaluation"), f"{name}.json"]))
+        for name in ("evaluation", "statistics", "constraints")
+    }
+    baselines = DriftCheckBaselines(
+        model_statistics=evaluated["evaluation"],
+        model_data_statistics=evaluated["statistics"],
+        model_data_constraints=evaluated["constraints"],
+    )
     add_to_registry = ModelStep(
         "model",
         ModelBuilder(
@@ -284,7 +307,8 @@ def build(settings) -> Pipeline:
             response_types=["application/json"],
             inference_instances=["ml.m5.large", "ml.m5.xlarge", "ml.c5.xlarge"],
             transform_instances=["ml.m5.xlarge", "ml.c5.xlarge"],
-            model_metrics=ModelMetrics(model_statistics=metrics),
+            model_metrics=ModelMetrics(model_statistics=evaluated["evaluation"]),
+            drift_check_baselines=baselines,
             approval_status="PendingManualApproval",
             customer_metadata_properties={
                 "execution": ExecutionVariables.PIPELINE_EXECUTION_ID,

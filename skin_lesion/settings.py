@@ -80,7 +80,7 @@ def load_settings(
     return settings
 
 # %% ../nbs/00_settings.ipynb #7fd7a061
-PIPELINE_SECTIONS = ('data', 'train', 'evaluate', 'gate', 'experiments')
+PIPELINE_SECTIONS = ('data', 'train', 'evaluate', 'gate', 'experiments', 'monitoring')
 
 
 def parameter_name(

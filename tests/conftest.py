@@ -6,6 +6,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,92 @@ def finished(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     project.output = done.stdout
     return project
+
+
+# A graph that answers in a moment: the average colours, and the picture itself as maps.
+COLOURS = """<ir_version: 10, opset_import: ["" : 18]>
+colours (uint8[n, 32, 32, 3] images) => (float[n, 3] logits, float[n, 3] features, float[n, 3, 32, 32] maps) {
+    x = Cast<to = 1>(images)
+    axes = Constant<value_ints = [2, 3]>()
+    maps = Transpose<perm = [0, 3, 1, 2]>(x)
+    features = ReduceMean<keepdims = 0>(maps, axes)
+    WORK
+}"""
+QUICK = "logits = Identity(features)"
+SLOW = """one = Constant<value_ints = [1, 1]>()
+    side = Constant<value_ints = [900, 900]>()
+    all = ReduceMean<keepdims = 0>(features)
+    mean = Reshape(all, one)
+    wide = Expand(mean, side)
+    much = MatMul(wide, wide)
+    more = MatMul(much, wide)
+    few = ReduceMean<keepdims = 0>(more)
+    none = Constant<value_float = 0.0>()
+    zero = Mul(few, none)
+    logits = Add(features, zero)"""
+
+
+def colours_package(folder: Path, slow: bool = False) -> Path:
+    """A model package whose network is the graph above; `slow` costs some tens of milliseconds a run."""
+    import onnx
+
+    folder.mkdir(parents=True)
+    onnx.save(onnx.parser.parse_model(COLOURS.replace("WORK", SLOW if slow else QUICK)), folder / "model.onnx")
+    third = [1 / 3] * 3
+    model = {"architecture": "colours", "dataset": "none", "synthetic": True, "classes": ["MEL", "NV", "AK"]}
+    model |= {"image_size": 32, "calibration": {"temperature": 20.0}, "logit_shares": third, "class_shares": third}
+    (folder / "model.json").write_text(json.dumps(model))
+    return folder
+
+
+class Served:
+    """`skin-lesion serve` in a process of its own, and what it logs."""
+
+    def __init__(self, package, *words, wait=True, **environ):
+        command = [
+            sys.executable,
+            "-c",
+            "from skin_lesion.cli import main; main()",
+            "serve",
+            *([str(package)] if package else []),
+        ]
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | environ
+        self.process = subprocess.Popen(
+            [*command, "--port", "0", "--host", "127.0.0.1", *words], stdout=subprocess.PIPE, text=True, env=env
+        )
+        self.lines, self.reader = [], threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        self.address = self.line("listening")["address"]
+        self.url = "http://" + self.address
+        if wait:
+            self.line("ready")
+
+    def _read(self):
+        for text in self.process.stdout:
+            self.lines.append(json.loads(text))
+
+    def line(self, event, count=1, seconds=30):
+        """The `count`-th line of that event, once it is there."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = [line for line in self.lines if line["event"] == event]
+            if len(found) >= count:
+                return found[count - 1]
+            if self.process.poll() is not None and not self.reader.is_alive():
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"no line {event} in {seconds} s: {self.lines[-5:]}")
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.terminate()
+        status = self.process.wait(40)
+        self.reader.join(5)
+        return status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.stop()

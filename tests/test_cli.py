@@ -47,7 +47,7 @@ def test_refusals_name_the_remedy(project):
         ("settings", "--set", "train.epoch=3"): "no setting 'train.epoch'",
         ("settings", "--set", "train.epochs=three"): "must be a whole number",
         ("settings", "--set", "train.epochs"): "key=value",
-        ("run", "trainning"): "there is experiments, search, training",
+        ("run", "trainning"): "there is experiments, monitoring, search, training",
         ("run", "training", "--dataset", "ham10000"): "--data-dir",
         ("run", "training", "--dataset", "ham1000", "--data-dir", "."): "ham10000",
         ("run", "training", "--resume", "nothing"): "no run",

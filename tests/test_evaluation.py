@@ -151,14 +151,17 @@ def linear_graph(folder, weights, bias):
         h.make_node("Cast", ["images"], ["x"], to=t.FLOAT),
         h.make_node("Transpose", ["x"], ["nchw"], perm=[0, 3, 1, 2]),
         h.make_node("AveragePool", ["nchw"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
-        h.make_node("Flatten", ["pooled"], ["flat"]),
-        h.make_node("Gemm", ["flat", "w", "b"], ["logits"]),
+        h.make_node("Flatten", ["pooled"], ["features"]),
+        h.make_node("Gemm", ["features", "w", "b"], ["logits"]),
     ]
     graph = h.make_graph(
         nodes,
         "linear",
         [h.make_tensor_value_info("images", t.UINT8, ["n", SIZE, SIZE, 3])],
-        [h.make_tensor_value_info("logits", t.FLOAT, ["n", len(bias)])],
+        [
+            h.make_tensor_value_info("logits", t.FLOAT, ["n", len(bias)]),
+            h.make_tensor_value_info("features", t.FLOAT, ["n", len(weights)]),
+        ],
         [onnx.numpy_helper.from_array(np.float32(weights), "w"), onnx.numpy_helper.from_array(np.float32(bias), "b")],
     )
     onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 18)], ir_version=10), folder / "model.onnx")
@@ -244,7 +247,13 @@ def evaluated(prepared, tmp_path_factory):
 def test_step_writes_what_the_gate_and_the_package_read(prepared, evaluated):
     root, evaluation, _ = evaluated
     out = root / "processing" / "output" / "evaluation"
-    assert sorted(f.name for f in out.iterdir()) == ["calibration.json", "evaluation.json", "predictions.parquet"]
+    assert sorted(f.name for f in out.iterdir()) == [
+        "calibration.json",
+        "constraints.json",
+        "evaluation.json",
+        "predictions.parquet",
+        "statistics.json",
+    ]
     for path in ("balanced_accuracy.low", "melanoma_sensitivity.value", "champion.difference", "champion.margin_left"):
         first, second = path.split(".")
         assert isinstance(evaluation[first][second], float), path

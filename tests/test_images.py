@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from skin_lesion.data.images import MAX_PIXELS, ImageError, decode, load_square, to_square
+from skin_lesion.data.images import MAX_PIXELS, ImageError, decode, load_square, read_picture, to_square
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -41,6 +41,10 @@ def png(width, height, rows=b"", extra=b""):
     )
 
 
+def bmp(width, height):
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
 RGB = np.asarray(picture())
 
 
@@ -58,6 +62,46 @@ def test_png_modes(mode):
         else np.asarray(picture().convert("1" if mode == "1" else "L").convert("RGB"))
     )
     assert np.abs(img.astype(int) - expected).max() <= (16 if mode == "P" else 0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
+def test_bmp_modes(mode):
+    im = picture().quantize(256) if mode == "P" else picture().convert(mode)
+    expected = RGB if mode == "P" else np.asarray(im.convert("RGB"))
+    assert np.abs(decode(encoded(im, "BMP")).astype(int) - expected).max() <= (16 if mode == "P" else 0)
+
+
+def test_size_and_format_are_those_of_the_file():
+    exif = Image.Exif()
+    exif[274] = 6
+    read = read_picture(encoded(picture(1200, 800), "JPEG", exif=exif), square=64)
+    assert (read.size, read.format) == ((800, 1200), "JPEG") and 128 <= read.pixels.shape[1] < 800
+
+
+def scanner_profile(gamma, space=b"RGB "):
+    """sRGB's own profile under another name, with another tone curve."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for k in range(struct.unpack(">I", data[128:132])[0]):
+        tag, offset, _ = struct.unpack(">4sII", data[132 + 12 * k : 144 + 12 * k])
+        if tag in (b"rTRC", b"gTRC", b"bTRC"):
+            data[offset : offset + 14] = struct.pack(">4sIIH", b"curv", 0, 1, round(gamma * 256))
+    data[16:20] = space
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "Scan".encode("utf-16-be")).replace(b"sRGB", b"Scan")
+
+
+@pytest.mark.parametrize(("format", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "RGB")])
+def test_colour_profiles_are_converted_to_srgb(format, mode):
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    grey = grey.quantize(8) if mode == "P" else grey.convert(mode)
+    linear = decode(encoded(grey, format, icc_profile=scanner_profile(1.0)))[5, 5]
+    assert np.abs(linear.astype(int) - 188).max() <= 3  # linear 0.5 is 188 in sRGB
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.abs(decode(encoded(grey, format, icc_profile=srgb))[5, 5].astype(int) - 128).max() <= 1
+
+
+@pytest.mark.parametrize("icc", [b"nonsense", scanner_profile(1.0)[:300], scanner_profile(1.0, b"CMYK"), b"\0" * 5000])
+def test_a_profile_that_cannot_be_used_does_not_cost_the_picture(icc):
+    assert (decode(encoded(picture(), icc_profile=icc)) == RGB).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
@@ -116,10 +160,12 @@ JPEG = encoded(picture(640, 480), "JPEG", quality=90)
         (b"\0" * 5000, "not an image"),
         (b"<html>404</html>", "HTML"),
         (b"\0" * 128 + b"DICM" + b"\0" * 99, "DICOM"),
-        (encoded(picture(), "GIF"), "the file is GIF; it must be a JPEG or PNG"),
+        (encoded(picture(), "GIF"), "the file is GIF; it must be a JPEG, PNG or BMP"),
         (encoded(picture(), "GIF", save_all=True, append_images=[picture().rotate(9)]), "GIF"),
         (encoded(picture(), "TIFF"), "TIFF"),
-        (encoded(picture(), "BMP"), "BMP"),
+        (encoded(picture(), "BMP")[:500], "damaged or truncated"),
+        (encoded(picture(), "BMP")[:20], "damaged"),
+        (bmp(40_000, 40_000), "more than 50,000,000 pixels"),
         (encoded(picture(), "WEBP"), "WebP"),
         (encoded(picture(), save_all=True, append_images=[picture().rotate(90)]), "an animation of 2 frames"),
         (JPEG[:2], "not an image"),
@@ -171,7 +217,12 @@ def test_files_are_named_in_the_message(tmp_path):
 
 def test_whatever_the_damage_only_image_errors_come_out():
     rng = np.random.default_rng(0)
-    files = [JPEG, encoded(picture()), encoded(picture().quantize(16)), encoded(picture().convert("CMYK"), "JPEG")]
+    files = [
+        encoded(picture(640, 480), "JPEG", quality=90, icc_profile=scanner_profile(2.8)),
+        encoded(picture(), icc_profile=scanner_profile(2.8)),
+        encoded(picture(), "BMP"),
+        encoded(picture().convert("CMYK"), "JPEG"),
+    ]
     refused = 0
     for k in range(600):
         data = bytearray(files[k % 4])

@@ -125,6 +125,7 @@ def run(
     if unsafe := unsafe_jobs(json.loads(definition)): raise ValueError(f'This pipeline is not started: {"; ".join(unsafe)}. Correct pipelines/{pipeline}.py.')
     sagemaker, s3 = clients(settings['aws.region'].value)
     name, defaults = f'skin-lesion-{pipeline}', {p['Name']: p.get('DefaultValue') for p in json.loads(definition)['Parameters']}
+    parameters = {name: value for name, value in parameters.items() if name != 'InputData' or name in defaults}
     try:
         if 'ChampionData' in defaults and 'ChampionData' not in parameters:
             address = publish_champion(defaults['ChampionData'], settings['aws.kms_key'].value, sagemaker, s3)

@@ -6,22 +6,25 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 # %% auto #0
-__all__ = ['FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'ImageError', 'decode', 'to_square', 'load_square', 'read_squares']
+__all__ = ['FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'ImageError', 'Picture', 'read_picture', 'decode', 'to_square', 'load_square',
+           'read_squares']
 
 # %% ../../nbs/data/02_images.ipynb #0982d0d0
-FORMATS = ('JPEG', 'PNG')
+FORMATS = ('JPEG', 'PNG', 'BMP')
 MAX_PIXELS = 50_000_000  # dermatoscopes and phones stay below; 150 MB as RGB
 MIN_SIDE = 16  # pixels; smaller ones are icons
-_OTHERS = {b'GIF8': 'GIF', b'RIFF': 'WebP', b'BM': 'BMP', b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'%PDF': 'PDF',
+_OTHERS = {b'GIF8': 'GIF', b'RIFF': 'WebP', b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'%PDF': 'PDF',
            b'PK\3\4': 'ZIP', b'<': 'HTML, SVG or XML', b'{': 'JSON'}
 
 
@@ -38,14 +41,14 @@ def _other_format(data: bytes) -> str:
 # %% ../../nbs/data/02_images.ipynb #ac90a08d
 def _open(data: bytes) -> Image.Image:
     "The image with its header read and checked, its pixels not decoded yet."
-    if not data: raise ImageError('the file is empty; send a JPEG or PNG')
+    if not data: raise ImageError('the file is empty; send a JPEG, PNG or BMP')
     try: im = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ImageError(f'more than {MAX_PIXELS:,} pixels; send a smaller image') from e
     except Image.UnidentifiedImageError as e:
         other = _other_format(data)
-        if data[:3] == b'\xff\xd8\xff' or data[:4] == b'\x89PNG': other = 'damaged'
-        raise ImageError(f'the file is {other}; it must be a JPEG or PNG') from e
+        if data.startswith((b'\xff\xd8\xff', b'\x89PNG', b'BM')): other = 'damaged'
+        raise ImageError(f'the file is {other}; it must be a JPEG, PNG or BMP') from e
     width, height = im.size
     if width*height > MAX_PIXELS:
         raise ImageError(f'{width} x {height} are more than {MAX_PIXELS:,} pixels; send a smaller image')
@@ -56,14 +59,27 @@ def _open(data: bytes) -> Image.Image:
     return im
 
 # %% ../../nbs/data/02_images.ipynb #8345c0cd
+@lru_cache(maxsize=8)
+def _profile_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    "From an embedded profile to sRGB; None where there is nothing to do, or nothing that can be done."
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if 'srgb' in ImageCms.getProfileDescription(profile).lower(): return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile('sRGB'), mode, 'RGBA' if mode == 'RGBA' else 'RGB')
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError): return None  # damaged, or of another colour space
+
+
 def _to_rgb(im: Image.Image) -> np.ndarray:
-    "Any of Pillow's modes as (H, W, 3) uint8."
+    "Any of Pillow's modes as (H, W, 3) uint8, sRGB."
     if im.mode.startswith('I'):  # 16-bit grey
         grey = np.clip(np.asarray(im).astype(np.int32) >> 8, 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
-        im = im.convert('RGBA')
-        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+    icc = im.info.get('icc_profile')
+    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info: im = im.convert('RGBA')
+    elif im.mode not in ('RGB', 'L', 'CMYK'): im = im.convert('RGB')
+    transform = _profile_transform(icc, im.mode) if icc else None
+    if transform: im = ImageCms.applyTransform(im, transform)
+    if im.mode == 'RGBA': im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return np.array(im.convert('RGB'))
 
 # %% ../../nbs/data/02_images.ipynb #ec2a4ce0
@@ -79,28 +95,46 @@ def _turn(im: Image.Image) -> Image.Image:
     return im.transpose(_TURNS[orientation]) if orientation in _TURNS else im
 
 # %% ../../nbs/data/02_images.ipynb #b67ae421
-def decode(
+class Picture(NamedTuple):
+    pixels: np.ndarray      # (H, W, 3), uint8, RGB, upright
+    size: tuple[int, int]   # width and height of the file, upright
+    format: str             # one of `FORMATS`
+
+
+def _read(data: bytes, square: int | None) -> Picture:
+    im = _open(data)
+    size = im.size
+    if square and im.format == 'JPEG':
+        scale = 2*square / min(size)
+        im.draft(None, (round(im.width*scale), round(im.height*scale)))
+    im.load()
+    upright = _turn(im)
+    return Picture(_to_rgb(upright), size if upright.size == im.size else size[::-1], im.format)
+
+
+def read_picture(
     src: bytes | str | Path,  # the file, or its bytes
     square: int | None = None,  # pixels; a hint that `to_square` will follow with this size
-) -> np.ndarray:  # (H, W, 3), uint8, RGB, upright
-    """Decodes a JPEG or PNG; `ImageError` says why it cannot be used and, for a file, which one it is.
+) -> Picture:
+    """Decodes a JPEG, PNG or BMP; `ImageError` says why it cannot be used and, for a file, which one it is.
 
     Refused: other formats, empty, truncated and damaged files, animations, sides below 16 pixels, and more
     than 50 million pixels (before they are decoded)."""
     name = '' if isinstance(src, bytes) else f'{src}: '
-    try:
-        data = src if isinstance(src, bytes) else Path(src).read_bytes()
-        im = _open(data)
-        if square and im.format == 'JPEG':
-            scale = 2*square / min(im.size)
-            im.draft(None, (round(im.width*scale), round(im.height*scale)))
-        im.load()
-        return _to_rgb(_turn(im))
+    try: return _read(src if isinstance(src, bytes) else Path(src).read_bytes(), square)
     except MemoryError: raise
     except ImageError as e: raise ImageError(f'{name}{e}') from e
     except FileNotFoundError as e: raise ImageError(f'{name}no such file') from e
     except Exception as e:  # Pillow raises OSError, SyntaxError, struct.error and more for damaged files
         raise ImageError(f'{name}the file is damaged or truncated ({e}); send it again') from e
+
+
+def decode(
+    src: bytes | str | Path,  # the file, or its bytes
+    square: int | None = None,  # pixels; a hint that `to_square` will follow with this size
+) -> np.ndarray:  # (H, W, 3), uint8, RGB, upright
+    "The pixels of `read_picture`, with its refusals."
+    return read_picture(src, square).pixels
 
 # %% ../../nbs/data/02_images.ipynb #89341ee8
 def to_square(
@@ -125,18 +159,24 @@ def load_square(
 
 # %% ../../nbs/data/02_images.ipynb #d2e8f1a6
 def read_squares(
-    files: list[Path],
+    files: list,  # paths, or what `content` takes
     size: int,  # S, pixels
-    chunk: int = 64,  # pictures held in memory
-) -> Iterator[tuple[list[Path], np.ndarray, list[str]]]:  # a chunk's readable files, their (n, S, S, 3) uint8, the reasons of the others
-    "The squares of picture files, in their order."
+    chunk: int = 64,  # pictures of a round; two rounds are held in memory
+    content: Callable | None = None,  # gives the bytes of one of `files`, or raises `ImageError`; None reads paths
+) -> Iterator[tuple[list, np.ndarray, list[str]]]:  # a chunk's readable files, their (n, S, S, 3) uint8, the reasons of the others
+    "The squares of picture files, in their order. A chunk is decoded while the caller works on the one before."
     def read(file):
-        try: return load_square(file, size)
+        try: return load_square(content(file) if content else file, size)
         except ImageError as error: return error
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    def begin(start): return [(file, pool.submit(read, file)) for file in files[start:start + chunk]]
+    try:
+        ahead = begin(0)
         for start in range(0, len(files), chunk):
-            these = files[start:start + chunk]
-            found = list(zip(these, pool.map(read, these)))
+            these, ahead = ahead, begin(start + chunk)
+            found = [(file, future.result()) for file, future in these]
             good = [(file, image) for file, image in found if not isinstance(image, ImageError)]
             images = np.stack([image for _, image in good]) if good else np.zeros((0, size, size, 3), np.uint8)
             yield [file for file, _ in good], images, [str(error) for _, error in found if isinstance(error, ImageError)]
+    finally: pool.shutdown(cancel_futures=True)
+

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
 from .metrics import calibration_error, confidence_bins, proper_scores
 
@@ -23,7 +21,11 @@ def probabilities(
     "Softmax of the logits over the temperature, for equally frequent classes. Raises ValueError for a temperature that is not a positive number."
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f'temperature {temperature} is not a positive number; take the one in calibration.json, or 1 for none')
-    return np.exp(log_softmax(np.asarray(logits, np.float64) / temperature - _log_shares(logit_shares), axis=1))
+    return np.exp(_log_softmax(np.asarray(logits, np.float64) / temperature - _log_shares(logit_shares)))
+
+def _log_softmax(z):
+    z = z - z.max(axis=1, keepdims=True, initial=-np.inf)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
 def _log_shares(shares):
     return 0.0 if shares is None else np.log(np.maximum(np.asarray(shares, np.float64), 1e-12))
@@ -49,9 +51,10 @@ def fit_temperature(
     if len(y) == 0 or len(logits) != len(y) or not np.isfinite(logits).all():
         raise ValueError(f'{len(logits)} rows of logits for {len(y)} labels, {np.isfinite(logits).sum()} of {logits.size} values finite; '
                          'one row of finite logits an image is needed, so look at the validation shards and the exported graph')
+    from scipy.optimize import minimize_scalar  # here: serving imports this module, and takes half the time without SciPy
     rows, x = np.arange(len(y)), np.asarray(logits, np.float64)
     offset = _log_shares(class_shares) - _log_shares(logit_shares)
-    loss = lambda log_t: -log_softmax(x / np.exp(log_t) + offset, axis=1)[rows, y].mean()
+    loss = lambda log_t: -_log_softmax(x / np.exp(log_t) + offset)[rows, y].mean()
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method='bounded').x))
 
 # %% ../../nbs/evaluation/02_calibration.ipynb #f37dfd7a

@@ -367,7 +367,7 @@ def files(
 ) -> tuple:  # sections
     "Links to what else lies in the run's folder."
     named = {'model.tar.gz': 'the model package', 'evaluation.json': 'all figures', 'split_proof.json': 'the proof of the split',
-             'experiments.csv': 'the networks side by side',
+             'experiments.csv': 'the networks side by side', 'event.json': 'what the monitor decided', 'drift.json': 'the comparison behind it',
              'steps.json': 'states and times', 'definition.json': 'the pipeline that ran'}
     there = [Li(A(n, href=f'../{n}'), f' {what}') for n, what in named.items() if (run/n).exists()]
     notebooks = [Li(A(n.name, href=f'{n.stem}.html'), ' the step as it ran') for n in sorted((run/'notebooks').glob('*.ipynb'))]
@@ -384,7 +384,7 @@ def run_page(
     skipped = [s['StepName'] for s in steps if s['StepStatus'] == 'skipped']
     chain = (Section(H2('Steps'), Ol(*(step_box(run, s) for s in steps if s['StepStatus'] != 'skipped'), cls='chain'),
                      P(Small(f'Branch not taken: {", ".join(skipped)}')) if skipped else ''),) if steps else ()
-    waiting = () if evaluation or compared else (Section(P('There is no evaluation yet: the run has not come that far.')),)
+    waiting = () if evaluation or compared or (run/'event.json').exists() else (Section(P('There is no evaluation yet: the run has not come that far.')),)
     body = [*failure(run, execution), *chain, *waiting, *networks(compared), *headline(evaluation, rules), *gate(rules, evaluation, outcome and outcome == 'True'),
             *per_class(evaluation), *by_group(evaluation), *pictures(run), *proof(read_json(run/'split_proof.json')), *settings(execution), *files(run)]
     title = f'{execution.get("PipelineExecutionStatus", "Unknown")}: {execution.get("PipelineExecutionId", run.name)}'

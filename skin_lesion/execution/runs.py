@@ -155,7 +155,8 @@ def point_latest(folder: Path) -> None:
     part.rename(folder.parent/'latest')
 
 # %% ../../nbs/execution/04a_runs.ipynb #6fae3c37
-RESULTS = ('model.tar.gz', 'evaluation.json', 'split_proof.json', 'experiments.json', 'experiments.csv')
+RESULTS = ('model.tar.gz', 'evaluation.json', 'split_proof.json', 'experiments.json', 'experiments.csv',
+           'drift.json', 'constraint_violations.json', 'event.json')
 
 
 def outputs_of(entry: dict, root: Path) -> list[Path]:

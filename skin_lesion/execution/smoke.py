@@ -19,20 +19,22 @@ from ..serving.package import pack
 __all__ = ['STEPS', 'INPUTS', 'steps_before', 'fill_inputs', 'smoke_root']
 
 # %% ../../nbs/execution/02_smoke.ipynb #b6b51bf8
-STEPS = 'prepare', 'train', 'evaluate', 'register', 'compare'
+STEPS = 'prepare', 'train', 'evaluate', 'register', 'compare', 'deploy'
 INPUTS = {  # step: {folder of its root: (step before, folder of that one's root)}
     'train': {f'input/data/{c}': ('prepare', f'processing/output/{c}') for c in ('train', 'validation', 'table')},
     'evaluate': {'processing/input/model': ('train', 'model')}
                 | {f'processing/input/{c}': ('prepare', f'processing/output/{c}') for c in ('validation', 'test', 'table')},
     'register': {'processing/input/model': ('train', 'model'),
                  'processing/input/evaluation': ('evaluate', 'processing/output/evaluation')},
+    'deploy': {'processing/input/champion': ('register', 'processing/output/package')},
     'compare': {'processing/input/efficientnet-lite0': ('register', 'processing/output/package')},
 }
 
 
 def steps_before(name: str) -> list[str]:
     "The steps that a step needs, in order; none for a name that is no step of the pipeline."
-    return list(STEPS[:STEPS.index(name)]) if name in STEPS else []
+    return [s for s in STEPS[:STEPS.index(name)] if s != 'compare'] if name in STEPS else []   # `compare` leads nowhere
+
 
 # %% ../../nbs/execution/02_smoke.ipynb #f8f7d29b
 def fill_inputs(name: str, roots: dict[str, Path]):
@@ -47,6 +49,11 @@ def fill_inputs(name: str, roots: dict[str, Path]):
     if name in ('decode', 'prepare'):
         from skin_lesion.data.sample import write_sample  # draws with numpy and OpenCV, which no other step waits for here
         write_sample(root/'processing'/'input'/'raw', lesions=24, seed=1)
+    if name == 'deploy': (root/'processing'/'input'/'champion'/'champion.json').write_text(json.dumps({'version': 1}))
+    if name == 'monitor':
+        from skin_lesion.monitoring.example import write_example  # no server has run: a program draws requests
+        drawn = write_example(root/'drawn', blurred=2)
+        for place in ('package', 'capture', 'labels'): shutil.copytree(drawn/place, root/'processing'/'input'/place)
     if name == 'evaluate':
         (root/'processing'/'input'/'champion').mkdir(parents=True)
         (root/'processing'/'input'/'champion'/'champion.json').write_text(json.dumps({'version': None}))

@@ -14,9 +14,11 @@ import pandas as pd
 from safetensors.numpy import load, save
 from scipy.sparse.linalg import svds
 
+from .properties import image_properties
+
 # %% auto #0
-__all__ = ['BINS', 'AXES', 'WAVES', 'REFERENCE', 'design_effect', 'bin_counts', 'label_counts', 'Reference', 'fit_reference',
-           'save_reference', 'load_reference']
+__all__ = ['BINS', 'AXES', 'WAVES', 'FEWEST', 'REFERENCE', 'design_effect', 'bin_counts', 'label_counts', 'Reference',
+           'fit_reference', 'sketch', 'save_reference', 'load_reference']
 
 # %% ../../nbs/monitoring/03_reference.ipynb #1987e597
 def design_effect(
@@ -105,6 +107,9 @@ class Reference:
         return _waves(projected, self.frequency, self.phase)
 
 # %% ../../nbs/monitoring/03_reference.ipynb #ebcd35cd
+FEWEST = 50  # pictures
+
+
 def fit_reference(
     numbers: pd.DataFrame,  # (N, ...), a column a number
     labels: pd.DataFrame,  # (N, ...), a column a label
@@ -113,9 +118,9 @@ def fit_reference(
     seed: int = 0,
 ) -> Reference:
     "The sketch of reference pictures. Raises `ValueError` for fewer than 50, or tables that do not fit together."
-    if len({len(numbers), len(labels), len(features), len(lesions)}) != 1 or len(numbers) < 50:
+    if len({len(numbers), len(labels), len(features), len(lesions)}) != 1 or len(numbers) < FEWEST:
         raise ValueError(f'{len(numbers):,} rows of numbers, {len(labels):,} of labels, {len(features):,} of features and {len(lesions):,} lesions; '
-                         'a reference needs as many of each, and 50 at least; take a larger validation split')
+                         f'a reference needs as many of each, and {FEWEST} at least; take a larger validation split')
     rng, share = np.random.default_rng(seed), np.linspace(0, 1, BINS + 1)[1:-1]
     edges = {c: np.unique(np.nanquantile(numbers[c], share)) for c in numbers if numbers[c].notna().any()}
     known = {c: sorted(labels[c].fillna('missing').astype(str).unique()) for c in labels}
@@ -129,6 +134,17 @@ def fit_reference(
     return Reference(len(numbers), edges, {c: bin_counts(numbers[c].to_numpy(float), e) for c, e in edges.items()}, known,
                      {c: label_counts(labels[c], v) for c, v in known.items()}, design, centre, axes, frequency, phase,
                      waves.mean(axis=0), np.clip(np.linalg.eigvalsh(np.cov(waves.T)), 0, None))
+
+# %% ../../nbs/monitoring/03_reference.ipynb #f9acc34b
+def sketch(
+    reference: Reference,
+    squares: list[np.ndarray],  # N of (S, S, 3), uint8, what the network saw
+    features: np.ndarray,  # (N, D), of the network
+) -> list[dict]:  # 'properties' of `image_properties`, and 'features' of `Reference.project`; a number that cannot be had is None
+    "What capture keeps of pictures beside their quality, ready for JSON."
+    rounded = lambda x: round(float(x), 4) if np.isfinite(x) else None
+    return [{'properties': {name: rounded(x) for name, x in image_properties(square).items()}, 'features': [rounded(x) for x in row]}
+            for square, row in zip(squares, reference.project(features))]
 
 # %% ../../nbs/monitoring/03_reference.ipynb #4dc2e360
 _ARRAYS = ('centre', 'axes', 'frequency', 'phase', 'wave', 'spread')

@@ -24,40 +24,47 @@ class Graph:
         folder: Path,             # an unpacked model package, or the train step's model folder
         threads: int = 0,         # of one prediction; 0 takes every core
     ):
-        folder = Path(folder)
-        self.model = json.loads((folder/'model.json').read_text())
+        self.folder = Path(folder)
+        self.model = json.loads((self.folder/'model.json').read_text())
         self.classes, self.image_size = self.model['classes'], self.model['image_size']
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(str(folder/'model.onnx'), options, providers=['CPUExecutionProvider'])
+        self.session = onnxruntime.InferenceSession(str(self.folder/'model.onnx'), options, providers=['CPUExecutionProvider'])
+        self.outputs = {output.name: output.shape for output in self.session.get_outputs()}
+        self._needed = onnxruntime.RunOptions()
+        self._needed.only_execute_path_to_fetches = True
+
+    def run(self,
+        outputs: list[str],       # of the graph's `outputs`
+        images: np.ndarray,       # (N, S, S, 3), uint8, N at least 1
+        batch_size: int = 16,     # pictures a run of the graph
+    ) -> list[np.ndarray]:        # an array of N rows for each output
+        "Those outputs of the graph, batch by batch; what they do not need is not computed."
+        parts = [self.session.run(outputs, {'images': np.ascontiguousarray(images[i:i + batch_size])}, self._needed)
+                 for i in range(0, len(images), batch_size)]
+        return [np.concatenate(part) for part in zip(*parts)]
 
     def logits(self,
         images: np.ndarray,       # (N, S, S, 3), uint8
         batch_size: int = 16,     # pictures a run of the graph
     ) -> np.ndarray:              # (N, C), float32
         "Logits in the order of `classes`."
-        return self._run('logits', images, batch_size) if len(images) else np.zeros((0, len(self.classes)), np.float32)
+        return self.run(['logits'], images, batch_size)[0] if len(images) else np.zeros((0, len(self.classes)), np.float32)
 
     def features(self,
         images: np.ndarray,       # (N, S, S, 3), uint8
         batch_size: int = 16,     # pictures a run of the graph
     ) -> np.ndarray:              # (N, D), float32
         "What the last layer of the network sees."
-        return self._run('features', images, batch_size) if len(images) else np.zeros((0, self.feature_count), np.float32)
+        return self.run(['features'], images, batch_size)[0] if len(images) else np.zeros((0, self.feature_count), np.float32)
 
     @property
     def feature_count(self) -> int:
         "D. Raises `ValueError` for a graph that gives no features."
-        shapes = {output.name: output.shape for output in self.session.get_outputs()}
-        if 'features' not in shapes:
+        if 'features' not in self.outputs:
             raise ValueError('The graph of this model has no output `features`: it was exported by an older version, which gave logits '
                              'only. Train the model again (`skin-lesion run training`) and use its new package.')
-        return shapes['features'][1]
-
-    def _run(self, output: str, images: np.ndarray, batch_size: int) -> np.ndarray:
-        "One output of the graph, batch by batch."
-        return np.concatenate([self.session.run([output], {'images': np.ascontiguousarray(images[i:i + batch_size])})[0]
-                               for i in range(0, len(images), batch_size)])
+        return self.outputs['features'][1]
 
 # %% ../../nbs/serving/02_predictor.ipynb #b9eb8668
 class Predictor(Graph):

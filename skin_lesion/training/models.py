@@ -94,14 +94,25 @@ def load_pretrained(
 
 # %% ../../nbs/training/01_models.ipynb #2c6ecad0
 class _Served(nn.Module):
-    "What the graph computes: logits and, before the last layer, pooled features."
-    def __init__(self, model: Classifier):
+    "What the graph computes: logits, pooled features before the last layer and, where the network has them, class activation maps."
+    def __init__(self, model: Classifier, maps: bool):
         super().__init__()
-        self.model = model
+        self.model, self.maps = model, maps
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) and (N, D)
-        maps = self.model.net.forward_features(self.model.normalise(images))
-        return self.model.net.forward_head(maps), self.model.net.forward_head(maps, pre_logits=True)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # (N, C), (N, D), (N, C, h, w)
+        net = self.model.net
+        maps = net.forward_features(self.model.normalise(images))
+        outputs = net.forward_head(maps), net.forward_head(maps, pre_logits=True)
+        return (*outputs, nn.functional.conv2d(maps, net.get_classifier().weight[:, :, None, None])) if self.maps else outputs
+
+
+@torch.no_grad()
+def _has_maps(model: Classifier, images: Tensor) -> bool:
+    "Whether the features are the average of the last feature maps, and the last layer is linear."
+    maps = model.net.forward_features(model.normalise(images))
+    features = model.net.forward_head(maps, pre_logits=True)
+    return maps.ndim == 4 and isinstance(model.net.get_classifier(), nn.Linear) and \
+        maps.shape[:2] == features.shape and torch.allclose(maps.mean((2, 3)), features, rtol=1e-3, atol=1e-4)
 
 
 def export_graph(
@@ -110,11 +121,12 @@ def export_graph(
     images: np.ndarray,   # (N, S, S, 3), uint8, real pictures for the parity test, N at least 2
     tolerance: float = 1e-3,  # largest difference of a logit
 ) -> float:               # the largest difference found
-    "Exports the ONNX graph of uint8 pictures to logits and features. Raises `RuntimeError` if it and the weights disagree."
+    "Exports the ONNX graph of uint8 pictures to logits, features and maps. Raises `RuntimeError` if it and the weights disagree."
     model = model.cpu().eval()
     images = torch.from_numpy(np.ascontiguousarray(images))
-    part = Path(path).with_suffix('.tmp')
-    torch.onnx.export(_Served(model).eval(), (images[:2],), part, input_names=['images'], output_names=['logits', 'features'], verbose=False,
+    part, maps = Path(path).with_suffix('.tmp'), _has_maps(model, images[:2])
+    torch.onnx.export(_Served(model, maps).eval(), (images[:2],), part, input_names=['images'],
+        output_names=['logits', 'features'] + ['maps']*maps, verbose=False,
         dynamic_shapes={'images': {0: torch.export.Dim('n', min=1)}}, external_data=False, dynamo=True)
     with torch.no_grad(): expected = model(images).numpy()
     got = onnxruntime.InferenceSession(str(part)).run(['logits'], {'images': images.numpy()})[0]
