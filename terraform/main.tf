@@ -16,7 +16,7 @@ locals {
   prefix     = var.bucket_prefix == "" ? "${var.name}-${var.environment}-${local.account_id}" : var.bucket_prefix
 
   repository  = "${path.root}/.."
-  definitions = { for path in fileset("${local.repository}/pipelines/definitions", "*.json") : trimsuffix(path, ".json") => file("${local.repository}/pipelines/definitions/${path}") }
+  definitions = { for path in fileset("${local.repository}/pipelines/definitions", "*.json") : replace(trimsuffix(path, ".json"), "_", "-") => file("${local.repository}/pipelines/definitions/${path}") }
   lambdas     = [for path in fileset("${path.root}/lambdas", "*/handler.py") : dirname(path)]
 }
 
@@ -70,7 +70,6 @@ module "roles" {
   vpc_id              = module.network.vpc_id
   endpoint_name       = var.endpoint_name
   model_package_group = var.model_package_group
-  metrics_namespace   = var.metrics_namespace
   github_repository   = var.github_repository
   github_environment  = var.environment == "prod" ? "production" : var.environment
 }
@@ -138,6 +137,7 @@ module "automation" {
   data_key_alias      = module.keys.data_alias
   endpoint_name       = var.endpoint_name
   automatic_approval  = var.automatic_approval
+  metrics_namespace   = var.metrics_namespace
   pipelines           = module.sagemaker.pipelines
   model_package_group = var.model_package_group
   retraining_schedule = var.retraining_schedule

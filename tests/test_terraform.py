@@ -14,8 +14,10 @@ from pathlib import Path
 
 import boto3
 import pytest
+from moto import mock_aws
 
 from skin_lesion.cloud.compile import unsafe_jobs, validate
+from skin_lesion.monitoring.windows import metric_lines
 from skin_lesion.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +43,9 @@ def init(folder, *words):
     plugins = os.environ.get("TF_PLUGIN_DIR")
     done = run("terraform", "init", "-no-color", *words, *([f"-plugin-dir={plugins}"] if plugins else []), cwd=folder)
     if done.returncode and not plugins:
-        pytest.skip(f"the AWS provider cannot be had here and TF_PLUGIN_DIR names no folder with it: {done.stderr[-300:]}")
+        pytest.skip(
+            f"the AWS provider cannot be had here and TF_PLUGIN_DIR names no folder with it: {done.stderr[-300:]}"
+        )
     assert done.returncode == 0, done.stderr
 
 
@@ -54,8 +58,7 @@ def staged(tmp_path_factory):
     ignore = shutil.ignore_patterns(".terraform*", "build", "*.tfstate*")
     shutil.copytree(TERRAFORM, root / "terraform", ignore=ignore)
     shutil.copytree(ROOT / "pipelines", root / "pipelines", ignore=shutil.ignore_patterns("__pycache__"))
-    if (TERRAFORM / "lambdas" / "build.py").exists():
-        subprocess.run([sys.executable, TERRAFORM / "lambdas" / "build.py", root / "terraform" / "build"], check=True)
+    subprocess.run([sys.executable, TERRAFORM / "lambdas" / "build.py", root / "terraform" / "build"], check=True)
     init(root / "terraform", "-backend=false")
     return root / "terraform"
 
@@ -73,9 +76,20 @@ def resources(staged):
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     problems = [line["@message"] for line in lines if line["@level"] == "error"]
     assert done.returncode == 0, "\n".join(problems) + done.stderr
-    assert {line["test_run"]["run"] for line in lines if line["type"] == "test_run"} >= {"account", "refuses_bad_values"}
+    assert {line["test_run"]["run"] for line in lines if line["type"] == "test_run"} >= {
+        "account",
+        "refuses_bad_values",
+    }
     state = next(line["test_state"] for line in lines if line["type"] == "test_state")
     return [r for r in flattened(state["root_module"]) if r["mode"] == "managed"]
+
+
+def loaded(path):
+    """A Python file outside of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def of_type(resources, kind):
@@ -131,9 +145,7 @@ def test_a_module_is_complete_and_each_variable_described_and_validated(folder):
     for name, body in re.findall(r'^output "(\w+)" \{\n(.*?)^\}', outputs, flags=re.M | re.S):
         assert "description" in body, f"{folder.name}: output {name} has no description"
     if folder.parent.name == "modules":
-        spec = importlib.util.spec_from_file_location("readme", TERRAFORM / "readme.py")
-        readme = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(readme)
+        readme = loaded(TERRAFORM / "readme.py")
         assert (folder / "README.md").read_text() == readme.rendered(folder), "run make infra-readme"
 
 
@@ -232,17 +244,23 @@ def test_each_alarm_tells_somebody_and_the_page_shows_everything(resources):
     (page,) = of_type(resources, "aws_cloudwatch_dashboard").values()
     shown = page["dashboard_body"]
     widgets = json.loads(shown)["widgets"]
-    for metric in (
-        ["accuracy", "precision", "recall", "drift_statistic", "p50", "p95", "p99", "CPUUtilization"]
-        + ["MemoryUtilization", "ExecutionSucceeded", "ExecutionFailed", "EstimatedCharges"]
-    ):
+    for metric in [
+        "quality_accuracy",
+        "quality_precision_MEL",
+        "quality_sensitivity_MEL",
+        "drift_alarm",
+        "p50",
+        "p95",
+        "p99",
+        "CPUUtilization",
+    ] + ["MemoryUtilization", "ExecutionSucceeded", "ExecutionFailed", "EstimatedCharges"]:
         assert f'"{metric}"' in shown, metric
     assert {a.split(":alarm:")[1] for a in widgets[0]["properties"]["alarms"]} == names
 
 
 def test_pipelines_are_the_committed_definitions_in_this_account(resources):
     pipelines = of_type(resources, "aws_sagemaker_pipeline")
-    committed = {p.stem for p in (ROOT / "pipelines" / "definitions").glob("*.json")}
+    committed = {p.stem.replace("_", "-") for p in (ROOT / "pipelines" / "definitions").glob("*.json")}
     assert {v["pipeline_name"] for v in pipelines.values()} == {f"skin-lesion-{name}" for name in committed}
     for value in pipelines.values():
         text = value["pipeline_definition"]
@@ -254,7 +272,7 @@ def test_pipelines_are_the_committed_definitions_in_this_account(resources):
         defaults = {p["Name"]: p.get("DefaultValue", "") for p in definition["Parameters"]}
         assert defaults["ImageUri"].endswith(":abc123")
         if "InputData" in defaults:
-            assert defaults["InputData"].startswith("s3://skin-lesion-staging-000000000000-raw/raw/")
+            assert defaults["InputData"].startswith("s3://skin-lesion-staging-000000000000-processed/raw/")
 
 
 def test_the_output_names_the_settings_that_a_person_puts_in(staged):
@@ -266,17 +284,53 @@ def test_the_output_names_the_settings_that_a_person_puts_in(staged):
     assert named - there <= {"serving_image_uri"}  # a setting of the deployment
 
 
-@pytest.mark.parametrize("name", ["retraining"])
-def test_the_state_machine_calls_what_is_there(resources, name):
-    if not (ROOT / "pipelines" / f"{name}.asl.json").exists():
-        pytest.skip(f"pipelines/{name}.asl.json is not there")
+def test_the_state_machine_calls_what_is_there(resources):
     (machine,) = of_type(resources, "aws_sfn_state_machine").values()
     assert "${" not in machine["definition"]
     functions = {v["function_name"] for v in of_type(resources, "aws_lambda_function").values()}
     called = set(re.findall(r":function:([\w-]+)", machine["definition"]))
     assert called and called <= functions
+    started = {
+        v["name"]: json.loads(v["event_pattern"]) for v in of_type(resources, "aws_cloudwatch_event_rule").values()
+    }
+    assert started["skin-lesion-approved"]["detail"]["ModelPackageGroupName"] == ["skin-lesion"]
+    assert "${" not in json.dumps(started)
     (route,) = of_type(resources, "aws_apigatewayv2_route").values()
     assert route["authorization_type"] == "AWS_IAM"
+
+
+def test_the_figures_of_a_monitoring_run_are_published_for_the_alarms(resources, monkeypatch):
+    publish = loaded(TERRAFORM / "lambdas" / "publish_metrics" / "handler.py")
+    window = {"end": "2026-01-02T00:00:00+00:00", "requests": 9, "pictures": 9, "abstained": 1, "alarm": True}
+    window |= {"aspects": [{"aspect": "brightness", "effect": 0.4}], "ms": {"p50": 5.0}}
+    quality = {"balanced_accuracy": 0.4, "sensitivity MEL": 0.3}
+    lines = metric_lines(window, quality, "skin-lesion", "schedule")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "eu-west-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("METRICS_NAMESPACE", "skin-lesion")
+    with mock_aws():
+        s3, cloudwatch = boto3.client("s3"), boto3.client("cloudwatch")
+        s3.create_bucket(Bucket="b", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+        body = "".join(json.dumps(line) + "\n" for line in lines)
+        s3.put_object(Bucket="b", Key="runs/e/monitor/monitor/metrics.jsonl", Body=body.encode())
+        key = "runs/e/monitor/monitor/event.json"
+        assert publish.handler({"detail": {"bucket": {"name": "b"}, "object": {"key": key}}}, None) == {
+            "published": len(lines)
+        }
+        found = {
+            (m["MetricName"], tuple((d["Name"], d["Value"]) for d in m["Dimensions"]))
+            for m in cloudwatch.list_metrics(Namespace="skin-lesion")["Metrics"]
+        }
+    watched = {
+        (v["metric_name"], tuple(v["dimensions"].items()))
+        for v in of_type(resources, "aws_cloudwatch_metric_alarm").values()
+        if v["namespace"] == "skin-lesion"
+    }
+    assert len(watched) == 3 and watched <= found
 
 
 # ---- slow

@@ -82,6 +82,7 @@ resource "aws_iam_role_policy" "lambda" {
         bucket              = var.buckets.processed
         kms_key_arn         = var.data_key_arn
         model_package_group = var.model_package_group
+        metrics_namespace   = var.metrics_namespace
         state_machine_arn   = local.machine
         log_group_arn       = "arn:${var.partition}:logs:${local.place}:log-group:/aws/lambda/${each.value}"
       })).Statement,
@@ -99,7 +100,7 @@ resource "aws_lambda_function" "this" {
   #checkov:skip=CKV_AWS_50:X-Ray takes traces on Resource "*" only, and no role here writes on "*"; the log names each request
   for_each                       = local.function
   function_name                  = each.value
-  description                    = "Retraining: ${each.key}"
+  description                    = "skin-lesion: ${each.key}"
   role                           = aws_iam_role.lambda[each.key].arn
   filename                       = "${var.zips_folder}/${each.key}.zip"
   source_code_hash               = filebase64sha256("${var.zips_folder}/${each.key}.zip")
@@ -119,9 +120,9 @@ resource "aws_lambda_function" "this" {
       SKIN_LESION_AWS_MODEL_PACKAGE_GROUP = var.model_package_group
       SKIN_LESION_SERVING_CAPTURE         = "s3://${var.buckets.capture}"
       SKIN_LESION_SERVING_ENDPOINT        = var.endpoint_name
-      SKIN_LESION_RETRAIN_LABELS          = "s3://${var.buckets.processed}/ground-truth"
+      SKIN_LESION_RETRAIN_LABELS          = "s3://${var.buckets.processed}/labels/${var.endpoint_name}"
       SKIN_LESION_RETRAIN_AUTOMATIC       = tostring(var.automatic_approval)
-    }, each.key == "retrain_ask" ? { STATE_MACHINE_ARN = local.machine } : {})
+    }, each.key == "retrain_ask" ? { STATE_MACHINE_ARN = local.machine } : {}, each.key == "publish_metrics" ? { METRICS_NAMESPACE = var.metrics_namespace } : {})
   }
 
   dead_letter_config {
@@ -167,7 +168,7 @@ resource "aws_iam_role_policy" "machine" {
           Sid      = "ItsLambdas"
           Effect   = "Allow"
           Action   = ["lambda:InvokeFunction"]
-          Resource = [for lambda, function in local.function : "arn:${var.partition}:lambda:${local.place}:function:${function}" if lambda != "retrain_ask"]
+          Resource = [for lambda, function in local.function : "arn:${var.partition}:lambda:${local.place}:function:${function}" if startswith(lambda, "retrain_") && lambda != "retrain_ask"]
         },
         {
           Sid      = "LookAtPipelines"
@@ -262,6 +263,26 @@ resource "aws_cloudwatch_event_target" "start" {
     maximum_event_age_in_seconds = 3600
     maximum_retry_attempts       = 3
   }
+}
+
+# The figures of a monitoring run go into CloudWatch when its event.json is there.
+resource "aws_cloudwatch_event_target" "metrics" {
+  count     = contains(local.kinds, "written") && contains(var.lambdas, "publish_metrics") ? 1 : 0
+  rule      = aws_cloudwatch_event_rule.start["written"].name
+  target_id = "metrics"
+  arn       = aws_lambda_function.this["publish_metrics"].arn
+  dead_letter_config {
+    arn = aws_sqs_queue.dead.arn
+  }
+}
+
+resource "aws_lambda_permission" "metrics" {
+  count         = length(aws_cloudwatch_event_target.metrics)
+  statement_id  = "ByTheRule"
+  action        = "lambda:InvokeFunction"
+  function_name = aws_lambda_function.this["publish_metrics"].function_name
+  principal     = "events.amazonaws.com"
+  source_arn    = "arn:${var.partition}:events:${local.place}:rule/${var.name}-written"
 }
 
 # What fails or ends badly is told to people at once.

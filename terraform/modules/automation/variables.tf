@@ -200,3 +200,12 @@ variable "automatic_approval" {
     error_message = "automatic_approval must be true or false."
   }
 }
+
+variable "metrics_namespace" {
+  description = "CloudWatch namespace of the monitor's own figures."
+  type        = string
+  validation {
+    condition     = !startswith(var.metrics_namespace, "AWS/") && length(var.metrics_namespace) > 0
+    error_message = "metrics_namespace must not be empty, and not one of AWS's own."
+  }
+}

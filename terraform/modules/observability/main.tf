@@ -56,7 +56,7 @@ resource "aws_cloudwatch_log_group" "sagemaker" {
 # ---- alarms: each tells people, also when it is over
 
 locals {
-  own = { EndpointName = var.endpoint_name }
+  own = { Endpoint = var.endpoint_name } # as the monitor names it
   alarms = {
     latency-p99 = {
       says = "p99 of the model's latency is above ${var.latency_p99_ms} ms"
@@ -75,12 +75,12 @@ locals {
     }
     balanced-accuracy = {
       says = "Balanced accuracy on late labels is below ${var.balanced_accuracy_floor}"
-      ns   = var.metrics_namespace, metric = "balanced_accuracy", statistic = "Minimum", dimensions = local.own
+      ns   = var.metrics_namespace, metric = "quality_balanced_accuracy", statistic = "Minimum", dimensions = local.own
       over = false, limit = var.balanced_accuracy_floor, period = 3600, times = 1
     }
     melanoma-sensitivity = {
       says = "Fewer melanomas than ${var.melanoma_sensitivity_floor} are called melanoma"
-      ns   = var.metrics_namespace, metric = "melanoma_sensitivity", statistic = "Minimum", dimensions = local.own
+      ns   = var.metrics_namespace, metric = "quality_sensitivity_MEL", statistic = "Minimum", dimensions = local.own
       over = false, limit = var.melanoma_sensitivity_floor, period = 3600, times = 1
     }
     dead-letters = {
@@ -217,14 +217,14 @@ resource "aws_iam_role_policy" "trail" {
 
 locals {
   endpoint = ["EndpointName", var.endpoint_name, "VariantName", "main"]
-  quality  = ["EndpointName", var.endpoint_name]
+  quality  = ["Endpoint", var.endpoint_name]
   widgets = [
-    { title = "Model: accuracy, precision and recall on late labels", stat = "Average", metrics = [for m in ["accuracy", "balanced_accuracy", "precision", "recall", "melanoma_sensitivity"] : concat([var.metrics_namespace, m], local.quality)] },
+    { title = "Model: accuracy, precision and recall (sensitivity) on late labels", stat = "Average", metrics = [for m in ["accuracy", "accuracy_estimated", "balanced_accuracy", "precision_MEL", "sensitivity_MEL", "precision_BCC", "sensitivity_BCC", "precision_SCC", "sensitivity_SCC", "precision_NV", "sensitivity_NV"] : concat([var.metrics_namespace, "quality_${m}"], local.quality)] },
     { title = "Latency of the model: p50, p95, p99 (microseconds)", stat = "p50", metrics = [for p in ["p50", "p95", "p99"] : concat(["AWS/SageMaker", "ModelLatency"], local.endpoint, [{ stat = p, label = p }])] },
     { title = "Endpoint: utilisation of processor and memory (%)", stat = "Average", metrics = [for m in ["CPUUtilization", "MemoryUtilization", "DiskUtilization"] : concat(["/aws/sagemaker/Endpoints", m], local.endpoint)] },
     { title = "Endpoint: requests and errors", stat = "Sum", metrics = [for m in ["Invocations", "Invocation4XXErrors", "Invocation5XXErrors"] : concat(["AWS/SageMaker", m], local.endpoint)] },
     { title = "Training: executions of the pipelines", stat = "Sum", metrics = concat([for name in var.pipelines : [for m in ["ExecutionStarted", "ExecutionSucceeded", "ExecutionFailed"] : ["AWS/Sagemaker/ModelBuildingPipeline", m, "PipelineName", "${var.name}-${name}"]]]...) },
-    { title = "Drift: the window's test against its threshold, and alarms", stat = "Maximum", metrics = [for m in ["drift_statistic", "drift_alarm"] : concat([var.metrics_namespace, m], local.quality)] },
+    { title = "Drift: effects of the newest window, and alarms", stat = "Maximum", metrics = [for m in ["alarm", "features", "diagnosis", "decision", "confidence", "brightness", "sharpness", "skin_tone", "hair"] : concat([var.metrics_namespace, "drift_${m}"], local.quality)] },
     { title = "Cost of the month so far (US dollars)", stat = "Maximum", region = "us-east-1", metrics = [["AWS/Billing", "EstimatedCharges", "Currency", "USD"]] },
   ]
 }

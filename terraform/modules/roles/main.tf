@@ -118,7 +118,7 @@ locals {
       },
       { Sid = "ListData", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.raw, local.bucket.processed, local.bucket.models] },
       { Sid = "ReadData", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.raw}/*", "${local.bucket.processed}/*", "${local.bucket.models}/*"] },
-      { Sid = "WriteRuns", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*"] },
+      { Sid = "WriteRuns", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*", "${local.bucket.processed}/notebook-jobs/*"] },
     ])
 
     # the container that answers requests: a model, and captures
@@ -189,25 +189,11 @@ locals {
       },
     ])
 
-    # the job of the pipeline monitoring
+    # the jobs of the pipelines monitoring and window: isolated, so an object that they write is the event
     monitor = concat(local.container, [
-      { Sid = "ListCaptures", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.capture, local.bucket.processed, local.bucket.models, local.bucket.reports] },
-      { Sid = "ReadCaptures", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.capture}/*", "${local.bucket.processed}/runs/*", "${local.bucket.processed}/champion/*", "${local.bucket.models}/*", "${local.bucket.reports}/*"] },
-      { Sid = "WriteReports", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.reports}/*", "${local.bucket.processed}/runs/*"] },
-      {
-        Sid       = "Figures"
-        Effect    = "Allow"
-        Action    = ["cloudwatch:PutMetricData"]
-        Resource  = ["*"]
-        Condition = { StringEquals = { "cloudwatch:namespace" = var.metrics_namespace } }
-      },
-      {
-        Sid       = "Events"
-        Effect    = "Allow"
-        Action    = ["events:PutEvents"]
-        Resource  = ["arn:${var.partition}:events:${local.place}:event-bus/default"]
-        Condition = { StringEquals = { "events:source" = "skin-lesion.monitor" } }
-      },
+      { Sid = "ListCaptures", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.capture, local.bucket.processed, local.bucket.models] },
+      { Sid = "ReadCaptures", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.capture}/*", "${local.bucket.processed}/runs/*", "${local.bucket.processed}/champion/*", "${local.bucket.processed}/challenger/*", "${local.bucket.processed}/labels/*", "${local.bucket.processed}/monitoring/*", "${local.bucket.models}/*"] },
+      { Sid = "WriteReports", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*", "${local.bucket.processed}/monitoring/*", "${local.bucket.reports}/*"] },
     ])
 
     # a person in Studio: reads the data, starts and follows the pipelines, decides about packages
@@ -271,7 +257,7 @@ resource "aws_iam_openid_connect_provider" "github" {
   client_id_list = ["sts.amazonaws.com"]
 }
 
-# A workflow pushes images, puts the definitions there and starts them. What makes the account itself is applied by a
+# A workflow pushes images, deploys, and starts pipelines and retraining. What makes the account itself is applied by a
 # person, who has more rights than any workflow should.
 resource "aws_iam_role" "github" {
   count = var.github_repository == "" ? 0 : 1
@@ -296,45 +282,35 @@ resource "aws_iam_role_policy" "github" {
   role  = aws_iam_role.github[0].id
   policy = jsonencode({
     Version = "2012-10-17"
-    Statement = concat([for s in local.container : s if contains(["RegistryToken", "DataKey"], s.Sid)], local.read_models, [
-      {
-        Sid      = "PushImages"
-        Effect   = "Allow"
-        Action   = ["ecr:BatchCheckLayerAvailability", "ecr:GetDownloadUrlForLayer", "ecr:BatchGetImage", "ecr:InitiateLayerUpload", "ecr:UploadLayerPart", "ecr:CompleteLayerUpload", "ecr:PutImage", "ecr:DescribeImages", "ecr:DescribeImageScanFindings"]
-        Resource = ["arn:${var.partition}:ecr:${local.place}:repository/${var.name}-*"]
-      },
-      {
-        Sid      = "Pipelines"
-        Effect   = "Allow"
-        Action   = ["sagemaker:CreatePipeline", "sagemaker:UpdatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution", "sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps", "sagemaker:AddTags"]
-        Resource = ["${local.sagemaker}:pipeline/${var.name}-*"]
-      },
-      {
-        Sid      = "Lists"
-        Effect   = "Allow"
-        Action   = ["sagemaker:ListPipelines", "sagemaker:ListModelPackageGroups"]
-        Resource = ["*"]
-      },
-      {
-        Sid      = "Champion"
-        Effect   = "Allow"
-        Action   = ["sagemaker:ListModelPackages", "sagemaker:DescribeModelPackage"]
-        Resource = ["${local.sagemaker}:model-package-group/${var.model_package_group}", "${local.sagemaker}:model-package/${var.model_package_group}/*"]
-      },
-      { Sid = "PublishChampion", Effect = "Allow", Action = ["s3:PutObject"], Resource = ["${local.bucket.processed}/champion/*"] },
-      {
-        Sid      = "SmokeTest"
-        Effect   = "Allow"
-        Action   = ["sagemaker:DescribeEndpoint", "sagemaker:InvokeEndpoint"]
-        Resource = ["${local.sagemaker}:endpoint/${lower(var.endpoint_name)}"]
-      },
-      {
-        Sid       = "RoleOfThePipelines"
-        Effect    = "Allow"
-        Action    = ["iam:PassRole"]
-        Resource  = [local.role.pipeline]
-        Condition = { StringEquals = { "iam:PassedToService" = "sagemaker.amazonaws.com" } }
-      },
+    Statement = concat([for s in local.container : s if contains(["RegistryToken", "DataKey"], s.Sid)], local.read_models,
+      [for s in local.policies.deploy : s if contains(["TheEndpoint", "Lists", "Approved", "RoleOfTheContainer", "Scaling", "ScalingsOwnRole", "Alarms"], s.Sid)], [
+        {
+          Sid      = "PushImages"
+          Effect   = "Allow"
+          Action   = ["ecr:BatchCheckLayerAvailability", "ecr:GetDownloadUrlForLayer", "ecr:BatchGetImage", "ecr:InitiateLayerUpload", "ecr:UploadLayerPart", "ecr:CompleteLayerUpload", "ecr:PutImage", "ecr:DescribeImages", "ecr:DescribeImageScanFindings"]
+          Resource = ["arn:${var.partition}:ecr:${local.place}:repository/${var.name}-*"]
+        },
+        {
+          Sid      = "Pipelines"
+          Effect   = "Allow"
+          Action   = ["sagemaker:CreatePipeline", "sagemaker:UpdatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution", "sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps", "sagemaker:AddTags"]
+          Resource = ["${local.sagemaker}:pipeline/${var.name}-*"]
+        },
+        { Sid = "ListPipelines", Effect = "Allow", Action = ["sagemaker:ListPipelines"], Resource = ["*"] },
+        { Sid = "PublishChampion", Effect = "Allow", Action = ["s3:PutObject"], Resource = ["${local.bucket.processed}/champion/*"] },
+        {
+          Sid      = "Retrain"
+          Effect   = "Allow"
+          Action   = ["states:StartExecution"]
+          Resource = ["arn:${var.partition}:states:${local.place}:stateMachine:${var.name}-retraining"]
+        },
+        {
+          Sid       = "RoleOfThePipelines"
+          Effect    = "Allow"
+          Action    = ["iam:PassRole"]
+          Resource  = [local.role.pipeline]
+          Condition = { StringEquals = { "iam:PassedToService" = "sagemaker.amazonaws.com" } }
+        },
     ])
   })
 }

@@ -79,15 +79,6 @@ variable "model_package_group" {
   }
 }
 
-variable "metrics_namespace" {
-  description = "CloudWatch namespace of the monitor's own figures."
-  type        = string
-  validation {
-    condition     = can(regex("^[A-Za-z0-9._/#-]+$", var.metrics_namespace)) && !startswith(var.metrics_namespace, "AWS/")
-    error_message = "metrics_namespace must be a CloudWatch namespace, and not one of AWS's own."
-  }
-}
-
 variable "github_repository" {
   description = "owner/name of the repository whose workflows may deploy by OIDC; empty: no role for it."
   type        = string

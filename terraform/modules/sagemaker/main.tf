@@ -5,10 +5,10 @@ resource "aws_sagemaker_model_package_group" "this" {
 
 locals {
   # The committed definitions hold placeholders of settings.ini [aws]; here the account's own values take their place.
-  # The pipelines deploy and monitoring run their jobs under roles of their own.
+  # The pipelines that deploy, monitor, and judge a challenger on the newest window run their jobs under other roles.
   placeholder_role = "arn:aws:iam::000000000000:role/skin-lesion-pipeline"
   job_role = { for name in keys(var.definitions) : name =>
-  name == "deploy" ? var.roles.deploy : name == "monitoring" ? var.roles.monitor : var.roles.pipeline }
+  name == "deploy" ? var.roles.deploy : contains(["monitoring", "window"], name) ? var.roles.monitor : var.roles.pipeline }
   roled = { for name, text in var.definitions : name => replace(
     replace(text, "\"DefaultValue\": \"${local.placeholder_role}\"", "\"DefaultValue\": \"${local.job_role[name]}\""),
   local.placeholder_role, name == "deploy" ? var.roles.serving : local.job_role[name]) }
@@ -21,7 +21,7 @@ locals {
     "sg-00000000000000000", var.security_group_id),
   "\"alias/skin-lesion\"", jsonencode(var.data_key_alias)) }
   definitions = { for name, text in local.placed : name => replace(replace(replace(text,
-    "s3://skin-lesion/raw/", "s3://${var.buckets.raw}/raw/"),
+    "s3://skin-lesion/capture/", "s3://${var.buckets.capture}/"),
     "s3://skin-lesion/", "s3://${var.buckets.processed}/"),
   "eu-west-1", var.region) }
 }
