@@ -270,7 +270,8 @@ def test_pipelines_are_the_committed_definitions_in_this_account(resources):
         if value["pipeline_name"] != "skin-lesion-deploy":  # its job speaks to SageMaker, so it is not isolated
             assert unsafe_jobs(definition) == []
         defaults = {p["Name"]: p.get("DefaultValue", "") for p in definition["Parameters"]}
-        assert defaults["ImageUri"].endswith(":abc123")
+        assert ":abc123" in text and ":latest" not in text
+        assert '_BUCKET": "skin-lesion"' not in text and "skin-lesion-staging-000000000000-processed" in text
         if "InputData" in defaults:
             assert defaults["InputData"].startswith("s3://skin-lesion-staging-000000000000-processed/raw/")
 
@@ -314,11 +315,11 @@ def test_the_figures_of_a_monitoring_run_are_published_for_the_alarms(resources,
     monkeypatch.setenv("METRICS_NAMESPACE", "skin-lesion")
     with mock_aws():
         s3, cloudwatch = boto3.client("s3"), boto3.client("cloudwatch")
-        s3.create_bucket(Bucket="b", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+        s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
         body = "".join(json.dumps(line) + "\n" for line in lines)
-        s3.put_object(Bucket="b", Key="runs/e/monitor/monitor/metrics.jsonl", Body=body.encode())
+        s3.put_object(Bucket="bucket", Key="runs/e/monitor/monitor/metrics.jsonl", Body=body.encode())
         key = "runs/e/monitor/monitor/event.json"
-        assert publish.handler({"detail": {"bucket": {"name": "b"}, "object": {"key": key}}}, None) == {
+        assert publish.handler({"detail": {"bucket": {"name": "bucket"}, "object": {"key": key}}}, None) == {
             "published": len(lines)
         }
         found = {

@@ -16,11 +16,13 @@ locals {
   imaged = { for name, text in local.roled : name => replace(replace(text,
     "${local.registry}/skin-lesion-steps:latest", var.images.steps),
   "${local.registry}/skin-lesion-serve:latest", var.images.serve) }
-  placed = { for name, text in local.imaged : name => replace(replace(replace(text,
+  placed = { for name, text in local.imaged : name => replace(replace(replace(
+    replace(text, ": \"subnet-00000000000000000\"", ": \"${join(",", var.subnet_ids)}\""), # of an environment
     "\"subnet-00000000000000000\"", join(", ", [for id in var.subnet_ids : jsonencode(id)])),
     "sg-00000000000000000", var.security_group_id),
   "\"alias/skin-lesion\"", jsonencode(var.data_key_alias)) }
-  definitions = { for name, text in local.placed : name => replace(replace(replace(text,
+  definitions = { for name, text in local.placed : name => replace(replace(replace(
+    replace(text, "AWS_BUCKET\": \"skin-lesion\"", "AWS_BUCKET\": \"${var.buckets.processed}\""),
     "s3://skin-lesion/capture/", "s3://${var.buckets.capture}/"),
     "s3://skin-lesion/", "s3://${var.buckets.processed}/"),
   "eu-west-1", var.region) }
