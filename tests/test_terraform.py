@@ -14,6 +14,8 @@ from pathlib import Path
 
 import boto3
 import pytest
+from cfnlint.api import lint
+from cfnlint.decode import decode as decode_cfn
 from moto import mock_aws
 
 from skin_lesion.cloud.compile import unsafe_jobs, validate
@@ -334,6 +336,68 @@ def test_the_figures_of_a_monitoring_run_are_published_for_the_alarms(resources,
     assert len(watched) == 3 and watched <= found
 
 
+# ---- the core for accounts without Terraform
+
+TEMPLATE = TERRAFORM / "cloudformation" / "core.yaml"
+
+
+def test_the_template_is_clean():
+    problems = [str(match) for match in lint(TEMPLATE.read_text(), regions=["eu-west-1"])]
+    assert problems == []
+
+
+def of_template(kind):
+    """Logical name to properties, the template's functions as {"Fn::Sub": text} and the like."""
+    template, _ = decode_cfn(str(TEMPLATE))
+    return {n: r["Properties"] for n, r in template["Resources"].items() if r["Type"] == kind}
+
+
+def told(statement):
+    """What a statement says, apart from how an ARN is written."""
+    fields = {"Sid": statement["Sid"], "Effect": statement["Effect"], "Action": sorted(listed(statement["Action"]))}
+    conditions = {op: sorted(of) for op, of in statement.get("Condition", {}).items()}
+    return fields | {"resources": len(listed(statement["Resource"])), "Condition": conditions}
+
+
+def test_the_template_has_the_same_core_as_terraform(resources):
+    kinds = {
+        b["BucketName"]["Fn::Sub"].removeprefix("${BucketPrefix}-"): b for b in of_template("AWS::S3::Bucket").values()
+    }
+    assert set(kinds) == {a.split('"')[1] for a in of_type(resources, "aws_s3_bucket")}
+    policies_of = of_template("AWS::S3::BucketPolicy")
+    for address, value in of_type(resources, "aws_s3_bucket_policy").items():
+        kind = address.split('"')[1]
+        here = {s["Sid"] for s in policies_of[f"{kind.capitalize()}Policy"]["PolicyDocument"]["Statement"]}
+        there = {s["Sid"] for s in json.loads(value["policy"])["Statement"]} - {"TrailLooks", "TrailWrites"}
+        assert here == there, kind  # the trail is Terraform's only
+        bucket = kinds[kind]
+        assert bucket["VersioningConfiguration"]["Status"] == "Enabled"
+        assert all(bucket["PublicAccessBlockConfiguration"].values())
+        assert bucket["LifecycleConfiguration"]["Rules"][0]["Transitions"][0]["StorageClass"] == "INTELLIGENT_TIERING"
+
+    found = policies(resources)
+    for name, role in of_template("AWS::IAM::Role").items():
+        kind = name.removesuffix("Role").lower()
+        there = found[f'module.roles.aws_iam_role_policy.this["{kind}"]']
+        assert [told(s) for s in role["Policies"][0]["PolicyDocument"]["Statement"]] == [told(s) for s in there], kind
+
+    for repository in of_template("AWS::ECR::Repository").values():
+        assert (
+            repository["ImageTagMutability"] == "IMMUTABLE" and repository["ImageScanningConfiguration"]["ScanOnPush"]
+        )
+    assert len(of_template("AWS::ECR::Repository")) == len(of_type(resources, "aws_ecr_repository"))
+    (key,) = of_template("AWS::KMS::Key").values()
+    assert key["EnableKeyRotation"] is True
+    service = lambda name: name["Fn::Sub"].replace("${AWS::Region}", "eu-west-1")
+    here = {service(e["ServiceName"]) for e in of_template("AWS::EC2::VPCEndpoint").values()}
+    there = {v["service_name"] for v in of_type(resources, "aws_vpc_endpoint").values()}
+    assert here == there - {"aws.sagemaker.eu-west-1.studio"}  # Studio is Terraform's only
+    assert not of_template("AWS::EC2::InternetGateway") and not of_template("AWS::EC2::NatGateway")
+    (target,) = of_template("AWS::ApplicationAutoScaling::ScalableTarget").values()
+    (same,) = of_type(resources, "aws_appautoscaling_target").values()
+    assert target["ScalableDimension"] == same["scalable_dimension"] and target["MinCapacity"] == same["min_capacity"]
+
+
 # ---- slow
 
 
@@ -354,7 +418,10 @@ def moto():
     """A moto server on loopback; gives its address."""
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("moto_account.py"), str(port)], stdout=subprocess.PIPE, text=True
+        [sys.executable, Path(__file__).with_name("moto_account.py"), str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert "listens" in server.stdout.readline()
     yield f"http://127.0.0.1:{port}"
