@@ -66,7 +66,7 @@ test-infra: install .venv-infra/installed  ## the account: also applies and dest
 
 .venv-infra/installed:
 	uv venv -q .venv-infra
-	VIRTUAL_ENV=.venv-infra uv pip install -q checkov==3.3.30 parliament==1.6.4 zizmor==1.32.0 jactionlint==2.3.0
+	VIRTUAL_ENV=.venv-infra uv pip install -q checkov==3.3.30 parliament==1.6.4 'setuptools<81' zizmor==1.32.0 jactionlint==2.3.0
 	touch $@
 
 readme: install  ## README.md from nbs/index.ipynb

@@ -43,16 +43,10 @@ locals {
       Sid      = "NetworkInterfacesInTheirNetwork"
       Effect   = "Allow"
       Action   = ["ec2:CreateNetworkInterface"]
-      Resource = ["arn:${var.partition}:ec2:${local.place}:subnet/*", "arn:${var.partition}:ec2:${local.place}:security-group/*"]
-      Condition = { ArnEquals = {
+      Resource = ["arn:${var.partition}:ec2:${local.place}:subnet/*", "arn:${var.partition}:ec2:${local.place}:security-group/*", "arn:${var.partition}:ec2:${local.place}:network-interface/*"]
+      Condition = { ArnEqualsIfExists = {
         "ec2:Vpc" = "arn:${var.partition}:ec2:${local.place}:vpc/${var.vpc_id}"
       } }
-    },
-    {
-      Sid      = "NetworkInterfacesMade"
-      Effect   = "Allow"
-      Action   = ["ec2:CreateNetworkInterface"]
-      Resource = ["arn:${var.partition}:ec2:${local.place}:network-interface/*"]
     },
     {
       Sid      = "NetworkInterfacesOfTheirNetwork"
