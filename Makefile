@@ -53,6 +53,25 @@ lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would chan
 definitions: install  ## pipelines/definitions from pipelines/
 	for name in training experiments search deploy monitoring window notebook_jobs; do skin-lesion compile $$name -o pipelines/definitions/$$name.json; done
 
+lambdas: install  ## zips of the Lambda functions, for terraform apply
+	python terraform/lambdas/build.py terraform/build
+
+studio: install  ## puts the repository and its wheels where Studio finds them: make studio BUCKET=NAME
+	mkdir -p build/studio/wheels && git bundle create -q build/studio/repository.bundle HEAD
+	python -m pip download -q -r requirements.lock -d build/studio/wheels
+	skin-lesion data upload build/studio --bucket $(BUCKET) --prefix studio
+
+infra-readme: install  ## the tables in terraform/modules/*/README.md
+	python terraform/readme.py
+
+test-infra: install .venv-infra/installed  ## the account: also applies and destroys it on moto, and runs the linters of policies and workflows
+	pytest tests/test_terraform.py tests/test_workflows.py -m 'slow or not slow' --timeout 1800 -s
+
+.venv-infra/installed:
+	uv venv -q .venv-infra
+	VIRTUAL_ENV=.venv-infra uv pip install -q checkov==3.3.30 parliament==1.6.4 'setuptools<81' zizmor==1.32.0 jactionlint==2.3.0
+	touch $@
+
 readme: install  ## README.md from nbs/index.ipynb
 	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md
 
@@ -62,5 +81,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test
+.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test lambdas studio infra-readme test-infra
 .DEFAULT_GOAL := help

@@ -1,0 +1,532 @@
+"""The account of terraform/: formatted and valid, refuses bad values, gives no role more than it needs, and comes up and goes
+again on moto. `terraform test` imitates the provider, so nothing here needs an account or a network."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import pytest
+from cfnlint.api import lint
+from cfnlint.decode import decode as decode_cfn
+from moto import mock_aws
+
+from skin_lesion.cloud.compile import unsafe_jobs, validate
+from skin_lesion.monitoring.windows import metric_lines
+from skin_lesion.settings import load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TERRAFORM = ROOT / "terraform"
+TOOLS = ROOT / ".venv-infra" / "bin"  # made by `make test-infra`: checkov needs other versions than sagemaker
+FOLDERS = [TERRAFORM, TERRAFORM / "bootstrap", *sorted(p for p in (TERRAFORM / "modules").iterdir() if p.is_dir())]
+# Actions that change something, for which IAM has no resource: allowed on "*" with a condition, and no others.
+WITHOUT_RESOURCE = {
+    "cloudwatch:PutMetricData",
+    "logs:CreateLogDelivery",
+    "logs:UpdateLogDelivery",
+    "logs:DeleteLogDelivery",
+    "logs:PutResourcePolicy",
+}
+
+
+def run(*words, cwd, timeout=280):
+    env = os.environ | {"TF_IN_AUTOMATION": "1", "CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": os.devnull}
+    return subprocess.run([*map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def init(folder, *words):
+    plugins = os.environ.get("TF_PLUGIN_DIR")
+    done = run("terraform", "init", "-no-color", *words, *([f"-plugin-dir={plugins}"] if plugins else []), cwd=folder)
+    if done.returncode and not plugins:
+        pytest.skip(
+            f"the AWS provider cannot be had here and TF_PLUGIN_DIR names no folder with it: {done.stderr[-300:]}"
+        )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A copy of what Terraform reads, with the Lambdas' zips, initialised."""
+    if not shutil.which("terraform"):
+        pytest.skip("terraform is not installed")
+    root = tmp_path_factory.mktemp("account")
+    ignore = shutil.ignore_patterns(".terraform*", "build", "*.tfstate*")
+    shutil.copytree(TERRAFORM, root / "terraform", ignore=ignore)
+    shutil.copytree(ROOT / "pipelines", root / "pipelines", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, TERRAFORM / "lambdas" / "build.py", root / "terraform" / "build"], check=True)
+    init(root / "terraform", "-backend=false")
+    return root / "terraform"
+
+
+def flattened(module):
+    yield from module.get("resources", [])
+    for child in module.get("child_modules", []):
+        yield from flattened(child)
+
+
+@pytest.fixture(scope="module")
+def resources(staged):
+    """All resources of staging, as `terraform test` made them; the test itself has passed."""
+    done = run("terraform", "test", "-json", "-verbose", cwd=staged)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    problems = [line["@message"] for line in lines if line["@level"] == "error"]
+    assert done.returncode == 0, "\n".join(problems) + done.stderr
+    assert {line["test_run"]["run"] for line in lines if line["type"] == "test_run"} >= {
+        "account",
+        "refuses_bad_values",
+    }
+    state = next(line["test_state"] for line in lines if line["type"] == "test_state")
+    return [r for r in flattened(state["root_module"]) if r["mode"] == "managed"]
+
+
+def loaded(path):
+    """A Python file outside of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def of_type(resources, kind):
+    return {r["address"]: r["values"] for r in resources if r["type"] == kind}
+
+
+def policies(resources):
+    """Address to the statements of every policy of a role."""
+    return {a: json.loads(v["policy"])["Statement"] for a, v in of_type(resources, "aws_iam_role_policy").items()}
+
+
+def listed(value):
+    return [value] if isinstance(value, str) else value
+
+
+def too_much(statements):
+    """What a policy allows beyond the rules of this project, a line each."""
+    found = []
+    for statement in statements:
+        if statement["Effect"] != "Allow":
+            continue
+        actions, anywhere = listed(statement["Action"]), "*" in listed(statement["Resource"])
+        found += [f"{action}: a wildcard" for action in actions if "*" in action]
+        writes = [a for a in actions if not re.match(r"[a-z0-9-]+:(Describe|List|Get|BatchGet)", a)]
+        if anywhere:
+            found += [f"{a} on *" for a in writes if a not in WITHOUT_RESOURCE or "Condition" not in statement]
+        if "iam:PassRole" in actions and "iam:PassedToService" not in json.dumps(statement.get("Condition", {})):
+            found.append("iam:PassRole to any service")
+    return found
+
+
+def test_formatted_and_valid(staged):
+    done = run("terraform", "fmt", "-check", "-recursive", "-no-color", cwd=staged)
+    assert done.returncode == 0, f"run terraform fmt -recursive terraform: {done.stdout}"
+    done = run("terraform", "validate", "-no-color", cwd=staged)
+    assert done.returncode == 0, done.stderr
+    init(staged / "bootstrap", "-backend=false")
+    done = run("terraform", "validate", "-no-color", cwd=staged / "bootstrap")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_a_module_is_complete_and_each_variable_described_and_validated(folder):
+    for name in ("main.tf", "variables.tf", "outputs.tf", "versions.tf", "README.md"):
+        assert (folder / name).is_file(), f"{folder.name} has no {name}"
+    text = (folder / "variables.tf").read_text()
+    blocks = re.findall(r'^variable "(\w+)" \{\n(.*?)^\}', text, flags=re.M | re.S)
+    assert len(blocks) == text.count('variable "') > 0
+    for name, body in blocks:
+        for part in ("description", "type ", "validation {", "error_message"):
+            assert part in body, f"{folder.name}: variable {name} has no {part}"
+    outputs = (folder / "outputs.tf").read_text()
+    for name, body in re.findall(r'^output "(\w+)" \{\n(.*?)^\}', outputs, flags=re.M | re.S):
+        assert "description" in body, f"{folder.name}: output {name} has no description"
+    if folder.parent.name == "modules":
+        readme = loaded(TERRAFORM / "readme.py")
+        assert (folder / "README.md").read_text() == readme.rendered(folder), "run make infra-readme"
+
+
+def test_no_role_may_more_than_it_needs(resources):
+    found = policies(resources)
+    assert {a.split('"')[1] for a in found if a.startswith("module.roles.aws_iam_role_policy.this")} == {
+        "pipeline",
+        "serving",
+        "deploy",
+        "monitor",
+        "studio",
+    }
+    assert {a: problems for a, s in found.items() if (problems := too_much(s))} == {}
+    assert not of_type(resources, "aws_iam_role_policy_attachment")  # no policy of AWS's own, so no *FullAccess
+    assert "FullAccess" not in json.dumps(found)
+
+
+def test_the_check_finds_what_it_looks_for():
+    allow = {"Effect": "Allow", "Action": ["s3:PutObject"], "Resource": ["arn:aws:s3:::b/*"]}
+    assert too_much([allow]) == []
+    assert too_much([allow | {"Resource": "*"}]) == ["s3:PutObject on *"]
+    assert too_much([allow | {"Action": "s3:*"}]) == ["s3:*: a wildcard"]
+    assert too_much([allow | {"Action": "iam:PassRole"}]) == ["iam:PassRole to any service"]
+    metrics = allow | {"Action": "cloudwatch:PutMetricData", "Resource": "*"}
+    assert too_much([metrics]) == ["cloudwatch:PutMetricData on *"]
+    assert too_much([metrics | {"Condition": {"StringEquals": {"cloudwatch:namespace": "n"}}}]) == []
+
+
+def test_who_may_take_a_role_is_one_service_of_this_account(resources):
+    for address, role in of_type(resources, "aws_iam_role").items():
+        (statement,) = json.loads(role["assume_role_policy"])["Statement"]
+        assert "*" not in json.dumps(statement["Principal"]), address
+        if "lambda.amazonaws.com" not in json.dumps(statement):  # Lambda sends no account
+            assert statement["Condition"], address
+
+
+def test_buckets_are_closed_encrypted_versioned_and_tiered(resources):
+    names = set(of_type(resources, "aws_s3_bucket"))
+    assert len(names) == 6
+    kinds = {name.split('"')[1] for name in names}
+    for kind in ("versioning", "public_access_block", "server_side_encryption_configuration", "policy"):
+        there = of_type(resources, f"aws_s3_bucket_{kind}")
+        assert {a.split('"')[1] for a in there} == kinds, kind
+    assert {a.split('"')[1] for a in of_type(resources, "aws_s3_bucket_lifecycle_configuration")} == kinds
+    for address, block in of_type(resources, "aws_s3_bucket_public_access_block").items():
+        closed = ("block_public_acls", "block_public_policy", "ignore_public_acls", "restrict_public_buckets")
+        assert all(block[name] for name in closed), address
+    for address, policy in of_type(resources, "aws_s3_bucket_policy").items():
+        statements = {s["Sid"]: s for s in json.loads(policy["policy"])["Statement"]}
+        assert statements["OnlyByTLS"]["Effect"] == "Deny"
+        assert ("OnlyByKMS" in statements) == ('"logs"' not in address)
+    for address, value in of_type(resources, "aws_s3_bucket_lifecycle_configuration").items():
+        assert value["rule"][0]["transition"][0]["storage_class"] == "INTELLIGENT_TIERING", address
+
+
+def test_the_network_leads_nowhere_but_to_aws(resources):
+    kinds = {r["type"] for r in resources}
+    assert not kinds & {"aws_internet_gateway", "aws_nat_gateway", "aws_route", "aws_egress_only_internet_gateway"}
+    services = {v["service_name"].split("eu-west-1.")[-1] for v in of_type(resources, "aws_vpc_endpoint").values()}
+    assert {"s3", "sagemaker.api", "sagemaker.runtime", "ecr.api", "ecr.dkr", "logs", "kms", "sts"} <= services
+    assert of_type(resources, "aws_flow_log")
+    for address, rule in of_type(resources, "aws_vpc_security_group_egress_rule").items():
+        assert rule["cidr_ipv4"] is None and rule["cidr_ipv6"] is None, address
+
+
+def test_everything_that_keeps_something_is_encrypted(resources):
+    for key in of_type(resources, "aws_kms_key").values():
+        assert key["enable_key_rotation"] is True
+    for kind, field in {
+        "aws_cloudwatch_log_group": "kms_key_id",
+        "aws_sns_topic": "kms_master_key_id",
+        "aws_sqs_queue": "kms_master_key_id",
+        "aws_cloudtrail": "kms_key_id",
+        "aws_sagemaker_domain": "kms_key_id",
+        "aws_lambda_function": "kms_key_arn",
+        "aws_scheduler_schedule": "kms_key_arn",
+    }.items():
+        for address, value in of_type(resources, kind).items():
+            assert value[field].startswith("arn:aws:kms:"), address
+    for repository in of_type(resources, "aws_ecr_repository").values():
+        assert repository["image_tag_mutability"] == "IMMUTABLE"
+        assert repository["image_scanning_configuration"][0]["scan_on_push"]
+        assert repository["encryption_configuration"][0]["encryption_type"] == "KMS"
+
+
+def test_each_alarm_tells_somebody_and_the_page_shows_everything(resources):
+    alarms = of_type(resources, "aws_cloudwatch_metric_alarm")
+    (topic,) = of_type(resources, "aws_sns_topic").values()
+    for address, alarm in alarms.items():
+        assert alarm["alarm_actions"] == alarm["ok_actions"] == [topic["arn"]], address
+    names = {alarm["alarm_name"] for alarm in alarms.values()}
+    for kind in ("latency-p99", "errors-5xx", "drift", "balanced-accuracy", "melanoma-sensitivity", "failed-training"):
+        assert f"skin-lesion-watch-{kind}" in names
+    (budget,) = of_type(resources, "aws_budgets_budget").values()
+    assert all(n["subscriber_sns_topic_arns"] == [topic["arn"]] for n in budget["notification"])
+    (page,) = of_type(resources, "aws_cloudwatch_dashboard").values()
+    shown = page["dashboard_body"]
+    widgets = json.loads(shown)["widgets"]
+    for metric in [
+        "quality_accuracy",
+        "quality_precision_MEL",
+        "quality_sensitivity_MEL",
+        "drift_alarm",
+        "p50",
+        "p95",
+        "p99",
+        "CPUUtilization",
+    ] + ["MemoryUtilization", "ExecutionSucceeded", "ExecutionFailed", "EstimatedCharges"]:
+        assert f'"{metric}"' in shown, metric
+    assert {a.split(":alarm:")[1] for a in widgets[0]["properties"]["alarms"]} == names
+
+
+def test_pipelines_are_the_committed_definitions_in_this_account(resources):
+    pipelines = of_type(resources, "aws_sagemaker_pipeline")
+    committed = {p.stem.replace("_", "-") for p in (ROOT / "pipelines" / "definitions").glob("*.json")}
+    assert {v["pipeline_name"] for v in pipelines.values()} == {f"skin-lesion-{name}" for name in committed}
+    for value in pipelines.values():
+        text = value["pipeline_definition"]
+        definition = json.loads(text)
+        assert "subnet-00000000000000000" not in text and "s3://skin-lesion/" not in text
+        assert validate(definition) == []
+        if value["pipeline_name"] != "skin-lesion-deploy":  # its job speaks to SageMaker, so it is not isolated
+            assert unsafe_jobs(definition) == []
+        defaults = {p["Name"]: p.get("DefaultValue", "") for p in definition["Parameters"]}
+        assert ":abc123" in text and ":latest" not in text
+        assert '_BUCKET": "skin-lesion"' not in text and "skin-lesion-staging-000000000000-processed" in text
+        if "InputData" in defaults:
+            assert defaults["InputData"].startswith("s3://skin-lesion-staging-000000000000-processed/raw/")
+
+
+def test_the_output_names_the_settings_that_a_person_puts_in(staged):
+    text = (staged / "outputs.tf").read_text()
+    named = set(re.findall(r"^    (\w+) = ", text, flags=re.M))
+    there = {name.removeprefix("aws.") for name in load_settings(environ={}) if name.startswith("aws.")}
+    of_the_account = {n for n in there if n not in ("volume_size",) and not re.search("instance", n)}
+    assert named >= of_the_account
+    assert named - there <= {"serving_image_uri"}  # a setting of the deployment
+
+
+def test_the_state_machine_calls_what_is_there(resources):
+    (machine,) = of_type(resources, "aws_sfn_state_machine").values()
+    assert "${" not in machine["definition"]
+    functions = {v["function_name"] for v in of_type(resources, "aws_lambda_function").values()}
+    called = set(re.findall(r":function:([\w-]+)", machine["definition"]))
+    assert called and called <= functions
+    started = {
+        v["name"]: json.loads(v["event_pattern"]) for v in of_type(resources, "aws_cloudwatch_event_rule").values()
+    }
+    assert started["skin-lesion-approved"]["detail"]["ModelPackageGroupName"] == ["skin-lesion"]
+    assert "${" not in json.dumps(started)
+    (route,) = of_type(resources, "aws_apigatewayv2_route").values()
+    assert route["authorization_type"] == "AWS_IAM"
+
+
+def test_the_figures_of_a_monitoring_run_are_published_for_the_alarms(resources, monkeypatch):
+    publish = loaded(TERRAFORM / "lambdas" / "publish_metrics" / "handler.py")
+    window = {"end": "2026-01-02T00:00:00+00:00", "requests": 9, "pictures": 9, "abstained": 1, "alarm": True}
+    window |= {"aspects": [{"aspect": "brightness", "effect": 0.4}], "ms": {"p50": 5.0}}
+    quality = {"balanced_accuracy": 0.4, "sensitivity MEL": 0.3}
+    lines = metric_lines(window, quality, "skin-lesion", "schedule")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "eu-west-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("METRICS_NAMESPACE", "skin-lesion")
+    with mock_aws():
+        s3, cloudwatch = boto3.client("s3"), boto3.client("cloudwatch")
+        s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+        body = "".join(json.dumps(line) + "\n" for line in lines)
+        s3.put_object(Bucket="bucket", Key="runs/e/monitor/monitor/metrics.jsonl", Body=body.encode())
+        key = "runs/e/monitor/monitor/event.json"
+        assert publish.handler({"detail": {"bucket": {"name": "bucket"}, "object": {"key": key}}}, None) == {
+            "published": len(lines)
+        }
+        found = {
+            (m["MetricName"], tuple((d["Name"], d["Value"]) for d in m["Dimensions"]))
+            for m in cloudwatch.list_metrics(Namespace="skin-lesion")["Metrics"]
+        }
+    watched = {
+        (v["metric_name"], tuple(v["dimensions"].items()))
+        for v in of_type(resources, "aws_cloudwatch_metric_alarm").values()
+        if v["namespace"] == "skin-lesion"
+    }
+    assert len(watched) == 3 and watched <= found
+
+
+# ---- the core for accounts without Terraform
+
+TEMPLATE = TERRAFORM / "cloudformation" / "core.yaml"
+
+
+def test_the_template_is_clean():
+    problems = [str(match) for match in lint(TEMPLATE.read_text(), regions=["eu-west-1"])]
+    assert problems == []
+
+
+def of_template(kind):
+    """Logical name to properties, the template's functions as {"Fn::Sub": text} and the like."""
+    template, _ = decode_cfn(str(TEMPLATE))
+    return {n: r["Properties"] for n, r in template["Resources"].items() if r["Type"] == kind}
+
+
+def told(statement):
+    """What a statement says, apart from how an ARN is written."""
+    fields = {"Sid": statement["Sid"], "Effect": statement["Effect"], "Action": sorted(listed(statement["Action"]))}
+    conditions = {op: sorted(of) for op, of in statement.get("Condition", {}).items()}
+    return fields | {"resources": len(listed(statement["Resource"])), "Condition": conditions}
+
+
+def test_the_template_has_the_same_core_as_terraform(resources):
+    kinds = {
+        b["BucketName"]["Fn::Sub"].removeprefix("${BucketPrefix}-"): b for b in of_template("AWS::S3::Bucket").values()
+    }
+    assert set(kinds) == {a.split('"')[1] for a in of_type(resources, "aws_s3_bucket")}
+    policies_of = of_template("AWS::S3::BucketPolicy")
+    for address, value in of_type(resources, "aws_s3_bucket_policy").items():
+        kind = address.split('"')[1]
+        here = {s["Sid"] for s in policies_of[f"{kind.capitalize()}Policy"]["PolicyDocument"]["Statement"]}
+        there = {s["Sid"] for s in json.loads(value["policy"])["Statement"]} - {"TrailLooks", "TrailWrites"}
+        assert here == there, kind  # the trail is Terraform's only
+        bucket = kinds[kind]
+        assert bucket["VersioningConfiguration"]["Status"] == "Enabled"
+        assert all(bucket["PublicAccessBlockConfiguration"].values())
+        assert bucket["LifecycleConfiguration"]["Rules"][0]["Transitions"][0]["StorageClass"] == "INTELLIGENT_TIERING"
+
+    found = policies(resources)
+    for name, role in of_template("AWS::IAM::Role").items():
+        kind = name.removesuffix("Role").lower()
+        there = found[f'module.roles.aws_iam_role_policy.this["{kind}"]']
+        assert [told(s) for s in role["Policies"][0]["PolicyDocument"]["Statement"]] == [told(s) for s in there], kind
+
+    for repository in of_template("AWS::ECR::Repository").values():
+        assert (
+            repository["ImageTagMutability"] == "IMMUTABLE" and repository["ImageScanningConfiguration"]["ScanOnPush"]
+        )
+    assert len(of_template("AWS::ECR::Repository")) == len(of_type(resources, "aws_ecr_repository"))
+    (key,) = of_template("AWS::KMS::Key").values()
+    assert key["EnableKeyRotation"] is True
+    service = lambda name: name["Fn::Sub"].replace("${AWS::Region}", "eu-west-1")
+    here = {service(e["ServiceName"]) for e in of_template("AWS::EC2::VPCEndpoint").values()}
+    there = {v["service_name"] for v in of_type(resources, "aws_vpc_endpoint").values()}
+    assert here == there - {"aws.sagemaker.eu-west-1.studio"}  # Studio is Terraform's only
+    assert not of_template("AWS::EC2::InternetGateway") and not of_template("AWS::EC2::NatGateway")
+    (target,) = of_template("AWS::ApplicationAutoScaling::ScalableTarget").values()
+    (same,) = of_type(resources, "aws_appautoscaling_target").values()
+    assert target["ScalableDimension"] == same["scalable_dimension"] and target["MinCapacity"] == same["min_capacity"]
+
+
+# ---- slow
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+SERVICES = (
+    "apigatewayv2 appautoscaling budgets cloudtrail cloudwatch ec2 ecr events iam kms lambda logs s3 sagemaker "
+    "scheduler sfn sns sqs sts"
+).split()
+
+
+@pytest.fixture
+def moto():
+    """A moto server on loopback; gives its address."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("moto_account.py"), str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert "listens" in server.stdout.readline()
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+def on_moto(folder, url):
+    """Points the provider of a copy of terraform/ to moto, and keeps the state beside it."""
+    endpoints = "\n".join(f'    {service} = "{url}"' for service in SERVICES)
+    (folder / "moto_override.tf").write_text(
+        f"""terraform {{
+  backend "local" {{}}
+}}
+provider "aws" {{
+  access_key                  = "x"
+  secret_key                  = "x"
+  skip_credentials_validation = true
+  skip_metadata_api_check     = true
+  s3_use_path_style           = true
+  max_retries                 = 3
+  endpoints {{
+{endpoints}
+  }}
+}}
+"""
+    )
+
+
+def left(url):
+    """What is in the account, beyond what moto itself puts there."""
+    client = lambda service: boto3.client(
+        service, region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    sagemaker, ec2 = client("sagemaker"), client("ec2")
+    return {
+        "buckets": [b["Name"] for b in client("s3").list_buckets()["Buckets"]],
+        "roles": [r["RoleName"] for r in client("iam").list_roles()["Roles"]],
+        "networks": [v["VpcId"] for v in ec2.describe_vpcs()["Vpcs"] if not v["IsDefault"]],
+        "endpoints": [
+            e["VpcEndpointId"] for e in ec2.describe_vpc_endpoints()["VpcEndpoints"] if e["State"] != "deleted"
+        ],
+        "repositories": [r["repositoryName"] for r in client("ecr").describe_repositories()["repositories"]],
+        "logs": [g["logGroupName"] for g in client("logs").describe_log_groups()["logGroups"]],
+        "alarms": [a["AlarmName"] for a in client("cloudwatch").describe_alarms()["MetricAlarms"]],
+        "topics": [t["TopicArn"] for t in client("sns").list_topics()["Topics"]],
+        "queues": client("sqs").list_queues().get("QueueUrls", []),
+        "functions": [f["FunctionName"] for f in client("lambda").list_functions()["Functions"]],
+        "machines": [m["name"] for m in client("stepfunctions").list_state_machines()["stateMachines"]],
+        "rules": [r["Name"] for r in client("events").list_rules()["Rules"]],
+        "schedules": [s["Name"] for s in client("scheduler").list_schedules()["Schedules"]],
+        "pipelines": [p["PipelineName"] for p in sagemaker.list_pipelines()["PipelineSummaries"]],
+        "domains": [d["DomainId"] for d in sagemaker.list_domains()["Domains"]],
+        "groups": sagemaker.list_model_package_groups()["ModelPackageGroupSummaryList"],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
+def test_an_account_comes_up_and_goes_again_without_a_rest(staged, moto, tmp_path, environment):
+    root = tmp_path / "account"
+    shutil.copytree(staged.parent, root, ignore=shutil.ignore_patterns(".terraform*"))
+    folder = root / "terraform"
+    on_moto(folder, moto)
+    init(folder)
+    words = ("-no-color", "-auto-approve", "-input=false", f"-var-file=environments/{environment}.tfvars")
+    began = time.monotonic()
+    done = run("terraform", "apply", *words, cwd=folder, timeout=900)
+    assert done.returncode == 0, done.stderr
+    there = left(moto)
+    assert len(there["buckets"]) == 6 and "skin-lesion-training" in there["pipelines"] and there["alarms"]
+    said = run("terraform", "output", "-raw", "settings", cwd=folder).stdout
+    assert "role_arn = arn:aws:iam::123456789012:role/skin-lesion-pipeline" in said
+    done = run("terraform", "destroy", *words, cwd=folder, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert {kind: names for kind, names in left(moto).items() if names} == {}
+    print(f"\n{environment}: applied and destroyed in {time.monotonic() - began:.0f} s")
+
+
+def tool(name):
+    if not (TOOLS / name).exists():
+        pytest.skip(f"{name} is not there: make test-infra installs it into .venv-infra")
+    return TOOLS / name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_checkov_has_nothing_to_say_that_no_reason_answers():
+    words = ("-d", TERRAFORM, "--framework", "terraform", "cloudformation", "--compact", "--quiet", "-o", "json")
+    done = run(tool("checkov"), *words, "--skip-download", cwd=ROOT, timeout=800)
+    reports = json.loads(done.stdout)
+    reports = reports if isinstance(reports, list) else [reports]
+    failed = [f"{c['check_id']} {c['resource']}" for r in reports for c in r["results"]["failed_checks"]]
+    assert failed == [] and sum(r["summary"]["passed"] for r in reports) > 150
+    skipped = [c for r in reports for c in r["results"]["skipped_checks"]]
+    assert all(len(c["check_result"]["suppress_comment"].split()) >= 4 for c in skipped)
+
+
+@pytest.mark.slow
+def test_parliament_knows_every_action_and_resource(resources):
+    program, found = tool("parliament"), {}
+    for address, statements in policies(resources).items():
+        text = json.dumps({"Version": "2012-10-17", "Statement": statements})
+        done = subprocess.run([program], input=text, capture_output=True, text=True)
+        if done.returncode or done.stdout.strip():
+            found[address] = done.stdout + done.stderr
+    assert found == {}

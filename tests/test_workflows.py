@@ -1,0 +1,59 @@
+"""The workflows of .github: pinned by commit, no more rights than they need, and nothing that a linter finds."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+TOOLS = ROOT / ".venv-infra" / "bin"  # made by `make test-infra`
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_actions_are_pinned_and_rights_are_given_a_job(path):
+    text = path.read_text()
+    workflow = yaml.safe_load(text)
+    used = re.findall(r"uses: (\S+)(.*)", text)
+    assert used and all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", u) and re.search(r"# v\d", c) for u, c in used)
+    assert workflow["permissions"] == {}
+    for name, job in workflow["jobs"].items():
+        assert job["permissions"]["contents"] == "read" and job["timeout-minutes"], name
+        if job["permissions"].get("id-token") == "write":
+            assert job["environment"] in ("staging", "production"), name  # the role trusts these only
+    assert "secrets." not in text  # OIDC: no stored key
+
+
+def test_production_waits_for_the_smoke_test_and_for_a_person():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text())["jobs"]
+    assert jobs["production"]["needs"] == "smoke" and jobs["smoke"]["needs"] == "staging"
+    assert jobs["production"]["environment"] == "production"  # its required reviewers are the approval
+
+
+def test_make_knows_each_target_that_a_workflow_calls():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    called = {t for p in WORKFLOWS for t in re.findall(r"run: make ([a-z-]+)", p.read_text())}
+    assert called and called <= targets
+
+
+def tool(name):
+    if not (TOOLS / name).exists():
+        pytest.skip(f"{name} is not there: make test-infra installs it into .venv-infra")
+    return TOOLS / name
+
+
+def test_zizmor_finds_nothing():
+    words = [tool("zizmor"), "--offline", "--no-progress", ROOT / ".github" / "workflows"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_actionlint_finds_nothing():
+    if not shutil.which("java"):
+        pytest.skip("jactionlint needs Java, which is not installed")
+    done = subprocess.run([tool("jactionlint"), *WORKFLOWS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
