@@ -511,7 +511,7 @@ def tool(name):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_checkov_has_nothing_to_say_that_no_reason_answers():
-    words = ("-d", TERRAFORM, "--framework", "terraform", "cloudformation", "--compact", "--quiet", "-o", "json")
+    words = ("-d", TERRAFORM, "--framework", "terraform", "cloudformation", "--compact", "-o", "json")
     done = run(tool("checkov"), *words, "--skip-download", cwd=ROOT, timeout=800)
     reports = json.loads(done.stdout)
     reports = reports if isinstance(reports, list) else [reports]
