@@ -488,7 +488,9 @@ def test_an_account_comes_up_and_goes_again_without_a_rest(staged, moto, tmp_pat
     folder = root / "terraform"
     on_moto(folder, moto)
     init(folder)
-    words = ("-no-color", "-auto-approve", "-input=false", f"-var-file=environments/{environment}.tfvars")
+    # without force_destroy, which only dev has, destroy rightly stops at the bucket of access logs
+    variables = (f"-var-file=environments/{environment}.tfvars", "-var=force_destroy=true")
+    words = ("-no-color", "-auto-approve", "-input=false", *variables)
     began = time.monotonic()
     done = run("terraform", "apply", *words, cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
