@@ -101,7 +101,7 @@ def start_server(
 ) -> dict:  # address, pid, began (of the process)
     "Starts `skin-lesion serve` in the background. Raises `RuntimeError` with the end of its log when it does not answer in time."
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder/f'{time.strftime("%Y%m%dT%H%M%S")}.log'
+    log = folder/f'{time.strftime("%Y%m%dT%H%M%S")}-{time.time_ns() % 10**9:09}.log'  # two may start in one second
     words = [sys.executable, '-c', 'from skin_lesion.cli import main; main()', 'serve', str(package), '--host', '127.0.0.1', '--port', str(port)]
     with log.open('ab') as out: process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
     state, end = {'pid': process.pid, 'began': psutil.Process(process.pid).create_time(), 'log': log.name}, time.monotonic() + seconds
