@@ -20,7 +20,7 @@ run: install  ## the training pipeline on the synthetic sample; report in runs/l
 	skin-lesion run training
 
 test: install notebooks  ## every notebook and every test that is not marked slow
-	pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
 
 notebooks: install  ## executes every notebook
 	nbdev-test --n-workers 2 --timing

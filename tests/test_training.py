@@ -120,7 +120,9 @@ def test_early_stopping_keeps_the_best_epoch(shards, tmp_path):
     assert len(history) < 30, "a learning rate of nothing brings no improvement"
 
 
-@pytest.mark.parametrize("way", IMBALANCE)
+@pytest.mark.parametrize(
+    "way", [w if w in ("sampling", "logit_adjustment") else pytest.param(w, marks=pytest.mark.slow) for w in IMBALANCE]
+)
 def test_every_way_of_handling_imbalance_learns(shards, tmp_path, way):
     parts = [Shards(shards / part) for part in ("train", "validation")]
     torch.manual_seed(1)
