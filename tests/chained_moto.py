@@ -1,6 +1,7 @@
 """moto's server with the links that it lacks: Lambda functions run their real handlers as processes, EventBridge starts state
 machines, approving a model is an event, and pipeline executions take time and end as a test says."""
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import requests
 from moto.awslambda_simple.models import LambdaSimpleBackend
 from moto.events.models import Rule, events_backends
+from moto.s3.responses import S3Response
 from moto.sagemaker.models import FakePipelineExecution, SageMakerModelBackend
 from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
@@ -47,6 +49,7 @@ class Account:
         self.jobs = {}  # pipeline to what its jobs leave behind, called with the id of the execution
         self.starts = []  # (pipeline, parameters)
         self.logs = []  # of the functions
+        self.unpacking = threading.Lock()  # a function is invoked by several executions at once
 
     def client(self, service):
         if service not in self.clients:
@@ -56,10 +59,9 @@ class Account:
 
     def run_handler(self, function, body) -> tuple[int, bytes]:
         folder = self.folder / function.function_name
-        if not folder.exists():
-            archive = folder.with_suffix(".zip")
-            archive.write_bytes(function.code_bytes)
-            zipfile.ZipFile(archive).extractall(folder)
+        with self.unpacking:
+            if not folder.exists():
+                zipfile.ZipFile(io.BytesIO(function.code_bytes)).extractall(folder)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SKIN_LESION_", "PYTHON"))}
         env = kept | KEYS | {"AWS_ENDPOINT_URL": self.url} | function.environment_vars
         done = subprocess.run(
@@ -108,6 +110,12 @@ def chain(account: Account, patch: pytest.MonkeyPatch):
         answer = described(backend, arn)
         return answer | {"FailureReason": execution.pipeline_execution_failure_reason or ""}
 
+    answer_about_key, one_at_a_time = S3Response.key_response, threading.RLock()
+
+    def key_response(*args, **kwargs):  # S3 checks If-Match and writes in one act, moto in two
+        with one_at_a_time:
+            return answer_about_key(*args, **kwargs)
+
     update = SageMakerModelBackend.update_model_package
 
     def updated(backend, model_package_arn, model_approval_status, *args, **kwargs):
@@ -123,6 +131,7 @@ def chain(account: Account, patch: pytest.MonkeyPatch):
 
     patch.setattr(LambdaSimpleBackend, "invoke", invoke)
     patch.setattr(Rule, "send_to_targets", send_to_targets)
+    patch.setattr(S3Response, "key_response", key_response)
     patch.setattr(FakePipelineExecution, "__init__", begun)
     patch.setattr(SageMakerModelBackend, "describe_pipeline_execution", describe)
     patch.setattr(SageMakerModelBackend, "update_model_package", updated)
