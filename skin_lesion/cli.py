@@ -255,7 +255,8 @@ def compile_(pipeline, out, pairs):
 
 @main.command('run')
 @click.argument('pipeline')
-@click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
+@click.option('--on', 'place', type=click.Choice(['local', 'containers', 'sagemaker']), default='local', show_default=True,
+              help="Processes of this machine, the steps' image (setting aws.image_uri) in podman, or the account.")
 @click.option('--dataset', help='sample, ham10000, isic2019, bcn20000, or several with commas between them (setting data.dataset).')
 @click.option('--data-dir', help='Folder of the downloaded data set, or its s3:// address.')
 @click.option('--unknown-dir', help='Folder of pictures that are no dermoscopy, or its s3:// address; drawn ones when left out.')
@@ -263,7 +264,7 @@ def compile_(pipeline, out, pairs):
 @set_option
 @click.option('--resume', is_flag=False, flag_value='latest', metavar='[RUN]', help='Continue a run that did not end; the latest one, or RUN.')
 def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, resume):
-    "Runs PIPELINE from its compiled definition, here or on SageMaker."
+    "Runs PIPELINE from its compiled definition: here, here in containers, or on SageMaker."
     overrides = _overrides(pairs)
     if dataset: overrides['data.dataset'] = dataset
     if allow_missing: overrides['data.allow_missing'] = 'true'
@@ -280,7 +281,7 @@ def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, 
         status = sagemaker.run(compile_pipeline(pipeline, loaded), pipeline, places, loaded)
         sys.exit(0 if status == 'Succeeded' else 1)
     from skin_lesion.execution.local import run_locally
-    sys.exit(run_locally(pipeline, loaded, data_dir, resume, unknown_dir))
+    sys.exit(run_locally(pipeline, loaded, data_dir, resume, unknown_dir, place == 'containers'))
 
 
 @main.command()

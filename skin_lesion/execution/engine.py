@@ -22,6 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from . import cache
+from .containers import check_image, end_container, isolated, podman_command
 from .definition import PipelineError, Scope, Step, describe, holds, plan, resolve
 from .jobs import (clear_root, container_path, drop_outputs, executed_notebooks, find_input,
                                         prepare_processing, prepare_training, publish)
@@ -29,13 +30,20 @@ from .runs import (Execution, change, find_run, gather, list_runs, locked, new_r
                                         save, saved_run, say, write_whole)
 
 # %% auto #0
-__all__ = ['STOP_SECONDS', 'container_words', 'step_command', 'step_notebook', 'end_processes', 'retry_delay', 'Stopped', 'run']
+__all__ = ['STOP_SECONDS', 'container_words', 'container_image', 'step_command', 'step_notebook', 'end_processes', 'retry_delay',
+           'Stopped', 'run']
 
 # %% ../../nbs/execution/05_engine.ipynb #e8824a2c
 def container_words(step: Step) -> list:
     "The container's command as the definition has it; arguments may still be references."
     spec = step.arguments.get('AppSpecification') or step.arguments.get('AlgorithmSpecification') or {}
     return [*(spec.get('ContainerEntrypoint') or ()), *(spec.get('ContainerArguments') or ())]
+
+
+def container_image(step: Step) -> str | dict:
+    "The image as the definition has it; still a reference where it is a parameter."
+    spec = step.arguments.get('AppSpecification') or step.arguments['AlgorithmSpecification']
+    return spec['ImageUri'] if step.type == 'Processing' else spec['TrainingImage']
 
 
 def step_command(
@@ -62,8 +70,9 @@ def end_processes(
     job: str,    # SKIN_LESION_JOB of the processes
     root: Path,  # SKIN_LESION_ROOT of the processes
 ) -> list[int]:  # their ids
-    "Kills what is left of a job's processes, and waits until they are gone."
+    "Kills what is left of a job, a container or processes, and waits until it is gone."
     import psutil
+    end_container(root)
     mark, found = {'SKIN_LESION_JOB': job, 'SKIN_LESION_ROOT': str(root)}, []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -82,11 +91,21 @@ def _copy_lines(run: Execution, name: str, stream, log, last: list[str]) -> None
         with suppress(OSError): log.write(f'{text}\n'.encode())
 
 # %% ../../nbs/execution/05_engine.ipynb #0d11fc52
-def _run_process(run: Execution, step: Step, words: list[str], root: Path, job: str, environment: dict) -> tuple[int, str]:
-    "Runs one attempt of a job; its exit code, negative for a signal, and its last line."
+def _command(run: Execution, step: Step, root: Path, job: str) -> tuple[list[str], dict[str, str]]:
+    "The command of a job on this machine, and its environment."
+    words, environment = container_words(step), step.arguments.get('Environment') or {}
+    if run.containers:
+        import psutil
+        return podman_command(words, container_image(step), root, environment, psutil.virtual_memory().available), dict(os.environ)
     mine = {'SKIN_LESION_ROOT': str(root), 'SKIN_LESION_JOB': job, 'SKIN_LESION_PARENT_PID': str(os.getpid()), 'PYTHONUNBUFFERED': '1'}
+    return run.command(words), os.environ | environment | mine
+
+
+def _run_process(run: Execution, step: Step, root: Path, job: str) -> tuple[int, str]:
+    "Runs one attempt of a job; its exit code, negative for a signal, and its last line."
+    command, environment = _command(run, step, root, job)
     with open(root/'log.txt', 'ab', buffering=0) as log:
-        process = subprocess.Popen(run.command(words), cwd=root, env=os.environ | environment | mine, start_new_session=True,
+        process = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         run.processes[step.name] = process
         if run.stopped_by: process.terminate()  # the signal came while it started
@@ -99,6 +118,7 @@ def _run_process(run: Execution, step: Step, words: list[str], root: Path, job: 
         if code or reader.is_alive(): end_processes(job, root)  # else they hold the stream, or write on
         reader.join()
         process.stdout.close()
+    if run.containers and code == 128 + signal.SIGKILL: code = -signal.SIGKILL  # podman's word for it
     return code, last[0]
 
 
@@ -154,8 +174,7 @@ def _attempts(run: Execution, step: Step, arguments: dict, answer: dict, job: st
         clear_root(root)
         if step.type == 'Training': prepare_training(arguments, root, run.root)
         else: prepare_processing(arguments, root, run.root, answer)
-        words = container_words(replace(step, arguments=arguments))
-        code, last = _run_process(run, step, words, root, job, arguments.get('Environment') or {})
+        code, last = _run_process(run, replace(step, arguments=arguments), root, job)
         notebooks, reason = executed_notebooks(root), _failure(root, code, last) if code else ''
         if code: drop_outputs(root)  # of no use to anyone, and the disk may be full
         with suppress(OSError): _keep_notebooks(run, step, notebooks)
@@ -288,7 +307,7 @@ def _signals(run: Execution) -> Iterator[None]:
         for s, handler in before.items(): signal.signal(s, handler)
 
 # %% ../../nbs/execution/05_engine.ipynb #415be6bb
-def _check(step: Step, command: Callable, notebook: Callable) -> list[str]:
+def _check(step: Step, command: Callable, notebook: Callable, containers: bool) -> list[str]:
     "What keeps a step from running here."
     problems, arguments = [], step.arguments
     try:
@@ -296,6 +315,7 @@ def _check(step: Step, command: Callable, notebook: Callable) -> list[str]:
         if step.type in ('Processing', 'Training'):
             words = [w if isinstance(w, str) else '?' for w in container_words(step)]
             command(words), notebook(words)
+            if containers and container_image(step) and not isolated(arguments): problems.append('its job needs a network, and a container gets none here: run it without --on containers')
         if step.type == 'Processing':
             jobs = [i['S3Input'] for i in arguments.get('ProcessingInputs') or ()]
             outputs = [o['S3Output'] for o in arguments['ProcessingOutputConfig']['Outputs']]
@@ -316,12 +336,15 @@ def run(
     name: str = 'pipeline',     # PipelineName
     command: Callable[[list[str]], list[str]] = step_command,  # container's command to a command of this machine
     notebook: Callable[[list[str]], Path] = step_notebook,     # container's command to the notebook it runs
+    containers: bool = False,   # jobs run in the definition's image, by podman
 ) -> Execution:  # status, exit_code, state, folder
     """Executes a pipeline definition here. Raises `PipelineError` before anything starts if it cannot run; a step that
     fails afterwards is in the state that is returned."""
     root, given = Path(root).absolute(), parameters or {}
     if resume: folder, definition, given = saved_run(root, run_id, definition, given)
-    steps, values = plan(definition, given, lambda step: _check(step, command, notebook))
+    steps, values = plan(definition, given, lambda step: _check(step, command, notebook, containers))
+    jobs = [s for s in steps if s.type in ('Processing', 'Training')] if containers else []
+    for image in sorted({resolve(container_image(s), Scope(values, {}, {}, {}, root)) for s in jobs}): check_image(image)
     if not resume: folder = new_run(root, name, run_id, definition, values)
     with locked(folder):
         point_latest(folder)
@@ -332,7 +355,7 @@ def run(
                       | {'StartDateTime': state['CreationTime'], 'CurrentDateTime': now()},
                       {s['StepName']: s['Response'] for s in state['PipelineExecutionSteps'] if s['StepStatus'] == 'Succeeded'},
                       {s.name: s.raw.get('PropertyFiles') or [] for s in steps}, root)
-        execution = Execution(folder, root, state, steps, scope, command, notebook)
+        execution = Execution(folder, root, state, steps, scope, command, notebook, containers)
         save(execution)
         try:
             with _signals(execution): _execute(execution, parallel)

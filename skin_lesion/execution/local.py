@@ -97,11 +97,12 @@ def run_locally(
     data_dir: str | Path | None = None,   # folder of the downloaded data set, or its s3:// address
     resume: str | None = None,      # a run's id or 'latest'
     unknown_dir: str | Path | None = None,  # folder of pictures that are no dermoscopy, or its s3:// address
+    containers: bool = False,       # jobs run in the definition's image, by podman
 ) -> int:                           # exit code
     "Runs or continues a pipeline on this machine and writes its report."
-    root = Path(settings['local.runs'].value)
+    root, parallel = Path(settings['local.runs'].value), settings['local.parallel'].value
     root.mkdir(parents=True, exist_ok=True)
-    if resume: result = engine.run(None, root=root, run_id=resume, resume=True, parallel=settings['local.parallel'].value)
+    if resume: result = engine.run(None, root=root, run_id=resume, resume=True, parallel=parallel, containers=containers)
     else:
         definition = definition_for(pipeline, settings)
         names = {p['Name'] for p in definition['Parameters']}
@@ -109,7 +110,7 @@ def run_locally(
         unknown = unknown_folder(unknown_dir) if 'UnknownData' in names else None
         champion = champion_folder(root, settings['aws.model_package_group'].value)
         result = engine.run(definition, run_parameters(settings, definition, raw, champion, unknown), root,
-                            parallel=settings['local.parallel'].value, name=f'skin-lesion-{pipeline}')
+                            parallel=parallel, name=f'skin-lesion-{pipeline}', containers=containers)
     report = write_report(result.folder)
     print(f'{result.status}: {result.folder}\nreport: {report}')
     return result.exit_code
