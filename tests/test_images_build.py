@@ -249,3 +249,38 @@ def test_the_steps_image_runs_a_step_by_the_word_that_a_tuning_job_gives(podman)
     assert podman("run", "--rm", "--entrypoint", "python", image, "-c", absent).stdout.strip() == "[]"
     done = podman("run", "--rm", "--network=none", "--memory=4g", image, "train")
     assert "train: all cells ran" in done.stdout, done.stdout + done.stderr
+
+
+def figures(value, at=""):
+    """Each number of a JSON value, by its path."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = {path: n for key, v in inside for path, n in figures(v, f"{at}/{key}").items()}
+    return found | ({at: value} if isinstance(value, (int, float)) else {})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_training_pipeline_in_containers_has_the_result_of_the_process_run(podman, project):
+    image, _ = podman.build("steps")
+    project.env |= {"CONTAINERS_CONF": podman.env["CONTAINERS_CONF"]}
+    del project.env["OMP_NUM_THREADS"]  # nothing of this environment reaches a container: both take all cores
+    made = project.cli("data", "sample", "--out", "tiny", "--lesions", "40")
+    assert made.returncode == 0, made.stderr
+    found, keys = {}, {}
+    for place in ("local", "containers"):
+        settings = {"local__runs": place, "aws__image_uri": image}
+        words = project.tiny_run("--data-dir", "tiny", "--on", place, **settings)
+        done = project.cli(*words, timeout=1500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        run = project.work / place / "latest"
+        state = json.loads((run / "steps.json").read_text())
+        keys[place] = {s["StepName"]: s["CacheKey"] for s in state["PipelineExecutionSteps"]}
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        assert evaluation["model"].pop("provenance")["git_commit"] == "test"
+        found[place] = figures(evaluation)
+        assert (run / "model.tar.gz").exists() and (run / "report" / "index.html").exists()
+    # what lies behind training carries its bytes: two compilers of Python may name themselves there
+    assert keys["local"]["prepare"] == keys["containers"]["prepare"]
+    assert keys["local"]["train"] == keys["containers"]["train"]
+    assert found["local"].keys() == found["containers"].keys() and len(found["local"]) > 100
+    assert found["containers"] == pytest.approx(found["local"], abs=1e-4, nan_ok=True)
