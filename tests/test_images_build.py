@@ -279,7 +279,7 @@ def test_the_training_pipeline_in_containers_has_the_result_of_the_process_run(p
         assert evaluation["model"].pop("provenance")["git_commit"] == "test"
         found[place] = figures(evaluation)
         assert (run / "model.tar.gz").exists() and (run / "report" / "index.html").exists()
-    # what lies behind training carries its bytes: two compilers of Python may name themselves there
+    # behind training, the keys hold the bytes of the model, which names the Python that made it
     assert keys["local"]["prepare"] == keys["containers"]["prepare"]
     assert keys["local"]["train"] == keys["containers"]["train"]
     assert found["local"].keys() == found["containers"].keys() and len(found["local"]) > 100
