@@ -64,6 +64,9 @@ studio: install  ## puts the repository and its wheels where Studio finds them: 
 infra-readme: install  ## the tables in terraform/modules/*/README.md
 	python terraform/readme.py
 
+diagrams: install  ## the pictures in nbs/guides/architecture.md
+	python terraform/diagrams.py
+
 test-infra: install .venv-infra/installed  ## the account: also applies and destroys it on moto, and runs the linters of policies and workflows
 	pytest tests/test_terraform.py tests/test_workflows.py -m 'slow or not slow' --timeout 1800 -s
 
@@ -81,5 +84,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test lambdas studio infra-readme test-infra
+.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test lambdas studio infra-readme test-infra diagrams
 .DEFAULT_GOAL := help

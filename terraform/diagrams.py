@@ -19,12 +19,10 @@ KINDS = {
     "aws_cloudtrail": "CloudTrail",
     "aws_cloudwatch_dashboard": "dashboard",
     "aws_cloudwatch_event_rule": "EventBridge rules",
-    "aws_cloudwatch_log_group": "log groups",
     "aws_cloudwatch_metric_alarm": "alarms",
     "aws_ecr_repository": "ECR, scanned, immutable tags",
     "aws_flow_log": "flow log",
     "aws_iam_openid_connect_provider": "OIDC of GitHub",
-    "aws_iam_role": "IAM roles",
     "aws_kms_key": "KMS keys, rotated",
     "aws_lambda_function": "Lambdas",
     "aws_s3_bucket": "S3 buckets",
@@ -41,8 +39,8 @@ KINDS = {
     "aws_vpc_endpoint": "endpoints of AWS services",
 }
 PARTS = re.compile(
-    r"aws_(default_|route_|vpc_security_|kms_alias|ecr_lifecycle|lambda_permission|cloudwatch_event_target|cloudwatch_log_metric"
-    r"|apigatewayv2_|appautoscaling_policy|sagemaker_studio_|sagemaker_user_)"
+    r"aws_(default_|iam_role|cloudwatch_log_|cloudwatch_event_target|route_|vpc_security_|kms_alias|ecr_lifecycle"
+    r"|lambda_permission|apigatewayv2_|appautoscaling_policy|sagemaker_studio_|sagemaker_user_)"
 )
 
 
@@ -117,42 +115,44 @@ def account(root: Path) -> str:
     )
     lists = {
         "registry": images,
+        "roles": ["a role for each of " + ", ".join(access(terraform))],
         "keys": ["for " + ", ".join(sorted(name for name in uses if "keys" in uses[name] and name != "roles"))],
         "automation": sorted(p.parent.name for p in (terraform / "lambdas").glob("*/handler.py")),
     }
-    jobs = {role: [name for name in pipelines if roles[name] == role] for role in access(terraform)}
-    label = {"serving": "endpoint, asked for answers", "studio": "Studio: people"}
-    lines = [
-        "flowchart LR",
-        '  github["GitHub: workflows"]',
-        '  subgraph account["An AWS account: dev, staging or prod"]',
-    ]
-    lines += [f'    subgraph network["network: {", ".join(kinds_of(terraform, "network"))}; no way to the internet"]']
-    for role, names in jobs.items():
-        text = label.get(role) or "jobs of the pipelines " + ", ".join(names)
-        lines.append(f'      {role}["{text}<br/>role {role}"]')
-    lines += ["    end", '    subgraph storage["storage: S3 buckets, KMS, versions, TLS only"]']
-    lines += [f'      bucket_{name}[("{name}")]' for name in quoted(buckets[1]) + quoted(buckets[2])]
-    lines += ["    end"]
+    lines = ["flowchart TB", '  github["GitHub: workflows"] -->|"images, pipelines, deployment"| roles']
+    lines.append('  subgraph account["An AWS account: dev, staging or prod"]')
     for module in calls:
         if module not in ("network", "storage"):
-            words = [", ".join(kinds_of(terraform, module)), *([", ".join(lists[module])] if module in lists else [])]
-            lines.append(f'    {module}["{"<br/>".join([module, *words])}"]')
-    lines += ["  end"]
+            words = [
+                module,
+                ", ".join(kinds_of(terraform, module)),
+                *([", ".join(lists[module])] if module in lists else []),
+            ]
+            lines.append(f'    {module}["{"<br/>".join(words)}"]')
+    lines.append(f'    subgraph network["network: {", ".join(kinds_of(terraform, "network"))}"]')
+    for role in access(terraform):
+        names = [name for name in pipelines if roles[name] == role]
+        text = "jobs of " + ", ".join(names) if names else {"serving": "endpoint", "studio": "Studio: people"}[role]
+        lines.append(f'      {role}["{text}<br/>role {role}"]')
+    lines += ["    end", f'    subgraph storage["storage: {", ".join(kinds_of(terraform, "storage"))}"]']
+    lines += [f'      bucket_{name}[("{name}")]' for name in quoted(buckets[1]) + quoted(buckets[2])]
+    lines += ["    end", "  end"]
     for role, found in access(terraform).items():
-        for bucket, does in found.items():
-            lines.append(
-                {
-                    ("reads",): f"  bucket_{bucket} --> {role}",
-                    ("writes",): f"  {role} --> bucket_{bucket}",
-                    ("reads", "writes"): f"  {role} <--> bucket_{bucket}",
-                }[tuple(sorted(does))]
-            )
-    lines += ["  github -- images, pipelines, deployment --> roles", "  registry -- images --> network"]
+        lines += [f"  {role} {'-->' if 'writes' in does else '-.->'} bucket_{bucket}" for bucket, does in found.items()]
     lines += [
-        f"  {user} -. uses .-> {used}"
+        f"  {m} --> bucket_logs"
+        for m in calls
+        if "var.buckets.logs" in (terraform / "modules" / m / "main.tf").read_text()
+    ]
+    lines += [
+        f"  {user} --> {used}"
         for user in ("automation", "sagemaker")
-        for used in sorted(uses[user] - {"keys", "network", "storage", "roles"})
+        for used in sorted(uses[user] & {"observability", "sagemaker"})
+    ]
+    lines += [
+        "  registry --> sagemaker",
+        "  sagemaker --> pipeline & deploy & monitor & studio",
+        "  endpoint --> serving",
     ]
     return "\n".join(lines)
 
@@ -282,7 +282,8 @@ def rendered(page: str, root: Path) -> str:
     """The page with its pictures drawn anew from the files below `root`."""
     for name, draw in {"account": account, "pipeline": pipeline, "monitoring": monitoring}.items():
         fence = re.compile(rf"(<!-- {name}: .*? -->\n```mermaid\n).*?(```\n)", re.S)
-        page, count = fence.subn(lambda found, text=draw(root): found[1] + text + "\n" + found[2], page)
+        text = draw(root)
+        page, count = fence.subn(lambda found, text=text: found[1] + text + "\n" + found[2], page)
         if count != 1:
             raise ValueError(
                 f"{PAGE.name} must have the picture {name} once, after <!-- {name}: ... -->, and has it {count} times"

@@ -1,11 +1,17 @@
-"""The page at /, in a real browser: an image is dropped in, and the answer, the map and the warnings are seen."""
+"""Pages in a real browser. The one at /: an image is dropped in, and the answer, the map and the warnings are seen."""
 
 import io
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
 import numpy as np
 import pytest
-from conftest import Served, colours_package
+from conftest import ROOT, Served, colours_package
 from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
@@ -92,3 +98,39 @@ def test_it_fits_a_phone_and_is_dark_in_the_dark(page, tmp_path):
     luminance = "c => c.match(/[0-9.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
     text = page.evaluate(f"({luminance})(getComputedStyle(document.body).color)")
     assert text > 3 * 180  # light letters
+
+
+@pytest.mark.slow
+def test_jupyterlab_draws_each_picture_of_the_architecture(browser, tmp_path):
+    """In a real browser, by the Mermaid that JupyterLab brings along."""
+    shutil.copy(ROOT / "nbs" / "guides" / "architecture.md", tmp_path / "page.md")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root"]
+    environment = os.environ | {"HOME": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    lab = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *words, f"--ServerApp.root_dir={tmp_path}"],
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/lab", timeout=5).close()
+                break
+            except OSError:
+                assert lab.poll() is None and time.monotonic() < end, "JupyterLab does not start"
+                time.sleep(0.5)
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/page.md")
+        page.locator(".cm-content").click(button="right", timeout=60000)
+        page.get_by_text("Show Markdown Preview").first.click()
+        page.wait_for_selector(".jp-RenderedMermaid", timeout=60000)
+        page.wait_for_function("document.querySelectorAll('.jp-RenderedMermaid img').length == 3", timeout=60000)
+        assert all(picture.bounding_box()["height"] > 200 for picture in page.locator(".jp-RenderedMermaid img").all())
+        page.close()
+    finally:
+        lab.kill()  # it has no kernel that it would have to end
+        lab.wait()
