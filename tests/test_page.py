@@ -107,8 +107,11 @@ def test_jupyterlab_draws_each_picture_of_the_architecture(browser, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    settings = tmp_path / "settings" / "@jupyterlab" / "docmanager-extension" / "plugin.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"defaultViewers": {"markdown": "Markdown Preview"}}')
     words = ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root"]
-    environment = os.environ | {"HOME": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    environment = os.environ | {"HOME": str(tmp_path), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
     lab = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", *words, f"--ServerApp.root_dir={tmp_path}"],
         stderr=subprocess.DEVNULL,
@@ -125,8 +128,6 @@ def test_jupyterlab_draws_each_picture_of_the_architecture(browser, tmp_path):
                 time.sleep(0.5)
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}/lab/tree/page.md")
-        page.locator(".cm-content").click(button="right", timeout=60000)
-        page.get_by_text("Show Markdown Preview").first.click()
         page.wait_for_selector(".jp-RenderedMermaid", timeout=60000)
         page.wait_for_function("document.querySelectorAll('.jp-RenderedMermaid img').length == 3", timeout=60000)
         assert all(picture.bounding_box()["height"] > 200 for picture in page.locator(".jp-RenderedMermaid img").all())
