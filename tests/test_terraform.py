@@ -184,6 +184,26 @@ def test_who_may_take_a_role_is_one_service_of_this_account(resources):
             assert statement["Condition"], address
 
 
+def test_an_emergency_needs_a_second_factor_reads_and_stops_only_and_is_told(resources):
+    role = of_type(resources, "aws_iam_role")["module.roles.aws_iam_role.break_glass"]
+    (trust,) = json.loads(role["assume_role_policy"])["Statement"]
+    assert trust["Principal"] == {"AWS": "arn:aws:iam::000000000000:root"}  # no other account
+    assert trust["Condition"]["Bool"] == {"aws:MultiFactorAuthPresent": "true"}
+    assert int(trust["Condition"]["NumericLessThan"]["aws:MultiFactorAuthAge"]) <= role["max_session_duration"] == 3600
+    statements = policies(resources)["module.roles.aws_iam_role_policy.break_glass"]
+    actions = {a.split(":")[1] for s in statements for a in s["Action"]}
+    assert actions and all(re.match("List|Get|Describe|Decrypt|Stop", action) for action in actions)
+    (told,) = of_type(resources, "aws_cloudwatch_log_metric_filter").values()
+    assert told["log_group_name"] == "/skin-lesion/trail" and '"AssumeRole"' in told["pattern"]
+    assert f'"arn:aws:iam::000000000000:role/{role["name"]}"' in told["pattern"]
+    (figure,) = told["metric_transformation"]
+    alarm = of_type(resources, "aws_cloudwatch_metric_alarm")[
+        'module.observability.aws_cloudwatch_metric_alarm.this["break-glass"]'
+    ]
+    assert (alarm["namespace"], alarm["metric_name"]) == (figure["namespace"], figure["name"])
+    assert alarm["threshold"] == 1 and alarm["treat_missing_data"] == "notBreaching"
+
+
 def test_buckets_are_closed_encrypted_versioned_and_tiered(resources):
     names = set(of_type(resources, "aws_s3_bucket"))
     assert len(names) == 6

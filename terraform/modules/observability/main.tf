@@ -88,6 +88,11 @@ locals {
       ns   = "AWS/SQS", metric = "ApproximateNumberOfMessagesVisible", statistic = "Maximum", dimensions = { QueueName = "${var.name}-dead-letters" }
       over = true, limit = 1, period = 300, times = 1
     }
+    break-glass = {
+      says = "Somebody took the role of an emergency, or tried to: ${var.name}-break-glass"
+      ns   = "${var.metrics_namespace}/audit", metric = "break_glass", statistic = "Sum", dimensions = {}
+      over = true, limit = 1, period = 300, times = 1
+    }
   }
   failures = merge(
     { for name in var.pipelines : "failed-${name}" => {
@@ -184,6 +189,17 @@ resource "aws_cloudwatch_log_group" "trail" {
   name              = "/${var.name}/trail"
   kms_key_id        = var.logs_key_arn
   retention_in_days = var.log_retention_days
+}
+
+resource "aws_cloudwatch_log_metric_filter" "break_glass" {
+  name           = "${var.name}-break-glass"
+  log_group_name = aws_cloudwatch_log_group.trail.name
+  pattern        = "{ $.eventName = \"AssumeRole\" && $.requestParameters.roleArn = \"arn:${var.partition}:iam::${var.account_id}:role/${var.name}-break-glass\" }"
+  metric_transformation {
+    name      = "break_glass"
+    namespace = "${var.metrics_namespace}/audit"
+    value     = "1"
+  }
 }
 
 resource "aws_iam_role" "trail" {

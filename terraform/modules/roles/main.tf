@@ -244,6 +244,51 @@ resource "aws_iam_role_policy" "this" {
   policy   = jsonencode({ Version = "2012-10-17", Statement = each.value })
 }
 
+# For an emergency: a person of this account whose own policy allows it, and who has proved a second factor within the hour,
+# reads everything that is kept and stops what runs; nothing else. Each use is an alarm (module observability).
+resource "aws_iam_role" "break_glass" {
+  #checkov:skip=CKV_AWS_61:Who may take it in an emergency is decided by the policies of people, and by their second factor
+  name                 = "${var.name}-break-glass"
+  max_session_duration = 3600
+  assume_role_policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [{
+      Effect    = "Allow"
+      Principal = { AWS = "arn:${var.partition}:iam::${var.account_id}:root" }
+      Action    = "sts:AssumeRole"
+      Condition = {
+        Bool            = { "aws:MultiFactorAuthPresent" = "true" }
+        NumericLessThan = { "aws:MultiFactorAuthAge" = "3600" }
+      }
+    }]
+  })
+}
+
+resource "aws_iam_role_policy" "break_glass" {
+  name = "emergency"
+  role = aws_iam_role.break_glass.id
+  policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [
+      { Sid = "ListEverything", Effect = "Allow", Action = ["s3:ListBucket", "s3:ListBucketVersions", "s3:GetBucketLocation"], Resource = [for kind in ["raw", "processed", "models", "capture", "reports"] : local.bucket[kind]] },
+      { Sid = "ReadEverything", Effect = "Allow", Action = ["s3:GetObject", "s3:GetObjectVersion"], Resource = [for kind in ["raw", "processed", "models", "capture", "reports"] : "${local.bucket[kind]}/*"] },
+      { Sid = "DataKey", Effect = "Allow", Action = ["kms:Decrypt", "kms:DescribeKey"], Resource = [var.data_key_arn] },
+      {
+        Sid      = "StopPipelines"
+        Effect   = "Allow"
+        Action   = ["sagemaker:StopPipelineExecution", "sagemaker:ListPipelineExecutions", "sagemaker:DescribePipelineExecution"]
+        Resource = ["${local.sagemaker}:pipeline/${var.name}-*"]
+      },
+      {
+        Sid      = "StopRetraining"
+        Effect   = "Allow"
+        Action   = ["states:StopExecution"]
+        Resource = ["arn:${var.partition}:states:${local.place}:execution:${var.name}-retraining:*"]
+      },
+    ]
+  })
+}
+
 # GitHub's workflows get short-lived credentials by OIDC; no key is stored anywhere.
 resource "aws_iam_openid_connect_provider" "github" {
   count          = var.github_repository == "" ? 0 : 1
