@@ -56,6 +56,15 @@ definitions: install  ## pipelines/definitions from pipelines/
 lambdas: install  ## zips of the Lambda functions, for terraform apply
 	python terraform/lambdas/build.py terraform/build
 
+sbom: install  ## the software bill of materials of the images, CycloneDX, into build/sbom.json
+	python pipelines/images/sbom.py build/sbom.json
+
+audit: install  ## known vulnerabilities of what is locked; asks PyPI
+	uvx pip-audit==2.9.0 --no-deps --disable-pip -r requirements.lock
+
+leaks: install  ## keys, passwords and tokens in the files of the checkout
+	git ls-files -z | xargs -0 uvx --from detect-secrets==1.5.0 detect-secrets-hook --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString
+
 studio: install  ## puts the repository and its wheels where Studio finds them: make studio BUCKET=NAME
 	mkdir -p build/studio/wheels && git bundle create -q build/studio/repository.bundle HEAD
 	python -m pip download -q -r requirements.lock -d build/studio/wheels
@@ -68,7 +77,7 @@ diagrams: install  ## the pictures in nbs/guides/architecture.md
 	python terraform/diagrams.py
 
 test-infra: install .venv-infra/installed  ## the account: also applies and destroys it on moto, and runs the linters of policies and workflows
-	pytest tests/test_terraform.py tests/test_workflows.py -m 'slow or not slow' --timeout 1800 -s
+	pytest tests/test_terraform.py tests/test_workflows.py tests/test_supply_chain.py -m 'slow or not slow' --timeout 1800 -s
 
 .venv-infra/installed:
 	uv venv -q .venv-infra
@@ -84,5 +93,5 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean
 lock:  ## requirements.lock from pyproject.toml
 	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 
-.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test lambdas studio infra-readme test-infra diagrams
+.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test lambdas studio infra-readme test-infra diagrams sbom audit leaks
 .DEFAULT_GOAL := help
