@@ -59,7 +59,6 @@ def test_the_bill_is_cyclonedx(bill):
     python = ROOT / ".venv-infra" / "bin" / "python"
     if not python.exists():
         pytest.skip("the validator is not there: make test-infra installs it into .venv-infra")
-    (tmp_path / "sbom.json").write_text(json.dumps(bill))
     check = (
         "import sys; from cyclonedx.validation.json import JsonStrictValidator; from cyclonedx.schema import SchemaVersion\n"
         "print(JsonStrictValidator(SchemaVersion.V1_6).validate_str(sys.stdin.read()))"
@@ -68,7 +67,7 @@ def test_the_bill_is_cyclonedx(bill):
         subprocess.run([python, "-c", check], input=text, capture_output=True, text=True, check=True).stdout
     )
     assert said(json.dumps(bill)).strip() == "None"
-    assert "specVersion" in said(json.dumps(bill | {"specVersion": "none"}))
+    assert "'name' is a required property" in said(json.dumps(bill | {"components": [{"type": "library"}]}))
 
 
 def test_a_change_is_searched_for_secrets_and_audited_and_has_its_bill():

@@ -253,6 +253,38 @@ def test_everything_that_keeps_something_is_encrypted(resources):
         assert repository["encryption_configuration"][0]["encryption_type"] == "KMS"
 
 
+def test_every_call_and_every_read_of_the_data_is_on_a_record_that_cannot_be_changed_unseen(resources):
+    (trail,) = of_type(resources, "aws_cloudtrail").values()
+    assert (
+        trail["enable_log_file_validation"]
+        and trail["is_multi_region_trail"]
+        and trail["include_global_service_events"]
+    )
+    (selector,) = trail["event_selector"]
+    assert selector["read_write_type"] == "All" and selector["include_management_events"]
+    kinds = {"raw", "processed", "models", "capture", "reports"}
+    names = {value.split(":::skin-lesion-staging-000000000000-")[1] for value in selector["data_resource"][0]["values"]}
+    assert names == {f"{kind}/" for kind in kinds}
+    logged = {a.split('"')[1] for a in of_type(resources, "aws_s3_bucket_logging")}
+    assert logged == kinds
+    (flow,) = of_type(resources, "aws_flow_log").values()
+    assert flow["traffic_type"] == "ALL"
+
+
+def test_captures_and_logs_are_kept_as_long_as_was_said_and_data_until_somebody_deletes_it(resources):
+    rules = of_type(resources, "aws_s3_bucket_lifecycle_configuration")
+    days = {
+        address.split('"')[1]: [e["days"] for rule in value["rule"] for e in rule["expiration"]]
+        for address, value in rules.items()
+    }
+    ends = {kind: found for kind, found in days.items() if found}
+    assert ends == {"capture": [180], "logs": [2192]}  # six years
+    for value in rules.values():
+        assert value["rule"][0]["noncurrent_version_expiration"][0]["noncurrent_days"] >= 30
+    for address, group in of_type(resources, "aws_cloudwatch_log_group").items():
+        assert group["retention_in_days"] == 365, address
+
+
 def test_each_alarm_tells_somebody_and_the_page_shows_everything(resources):
     alarms = of_type(resources, "aws_cloudwatch_metric_alarm")
     (topic,) = of_type(resources, "aws_sns_topic").values()
