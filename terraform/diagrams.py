@@ -113,9 +113,10 @@ def account(root: Path) -> str:
         .split("default")[1]
         .split("\n")[0]
     )
+    others = re.findall(r'"aws_iam_role" "(?!this")(\w+)"', (terraform / "modules" / "roles" / "main.tf").read_text())
     lists = {
         "registry": images,
-        "roles": ["a role for each of " + ", ".join(access(terraform))],
+        "roles": ["a role for each of " + ", ".join([*access(terraform), *others])],
         "keys": ["for " + ", ".join(sorted(name for name in uses if "keys" in uses[name] and name != "roles"))],
         "automation": sorted(p.parent.name for p in (terraform / "lambdas").glob("*/handler.py")),
     }
