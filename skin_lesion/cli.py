@@ -372,11 +372,12 @@ def predict(model, images, out, prevalence):
 @click.option('--prevalence', type=click.Choice(['equal', 'dataset']), default='equal', show_default=True,
               help='Class shares that the probabilities assume, as in `predict`.')
 def batch(model, source, output, prevalence):
-    """Probabilities of all pictures of INPUT by MODEL, in order and in bounded memory: a long `predict`.
+    """The whole answers of MODEL about all pictures of INPUT, decisions and doubts included, in order and in bounded memory.
 
     INPUT is a folder, an s3:// prefix, or a list: a text file with a path a line, a .csv with a column `path`, or a SageMaker
-    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A picture that
-    cannot be used has its reason in `refused`. After an interruption the same command goes on where it was."""
+    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A decision is
+    a diagnosis, or `abstain` for the doubts in `reasons`; a picture that cannot be used has its reason in `refused`. After an
+    interruption the same command goes on where it was."""
     from skin_lesion.cloud.upload import list_objects, read_object
     from skin_lesion.serving.batch import batch as run_batch
     from skin_lesion.serving.batch import ENDINGS, file_content, pictures_in, pictures_of_list
