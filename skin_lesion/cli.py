@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_unknown', 'data_download', 'data_upload', 'data_duplicates', 'data_features',
-           'compile_', 'run_', 'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown',
-           'serve', 'retrain', 'watch', 'schedule', 'simulate', 'monitor']
+           'compile_', 'run_', 'search', 'runs', 'report', 'step', 'models', 'approve', 'predict', 'batch', 'deploy',
+           'teardown', 'serve', 'retrain', 'watch', 'schedule', 'simulate', 'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -302,6 +302,21 @@ def runs(as_json):
     if as_json: return click.echo(json.dumps(found, indent=1))
     for r in reversed(found): click.echo(f"{r['PipelineExecutionId']}  {r['PipelineExecutionStatus']:10}  {r['PipelineName']}")
     if not found: click.echo('No runs yet. Start one with: skin-lesion run training')
+
+
+@main.command()
+@click.argument('run_id', metavar='[RUN]', default='latest')
+@click.argument('other', required=False)
+@click.option('--open', 'show', is_flag=True, help='Open it in the browser.')
+def report(run_id, other, show):
+    "Writes the report of RUN anew, or a page of RUN beside OTHER, and says where it lies."
+    from skin_lesion.execution.compare import write_comparison
+    from skin_lesion.execution.report import write_report
+    from skin_lesion.execution.runs import find_run
+    found = [find_run(Path(load_settings()['local.runs'].value), name) for name in (run_id, other) if name]
+    page = write_comparison(*found) if other else write_report(*found)
+    click.echo(page)
+    if show: click.launch(str(page))
 
 
 @main.command(context_settings={'ignore_unknown_options': True, 'help_option_names': []})
