@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_unknown', 'data_download', 'data_upload', 'data_duplicates', 'data_features',
-           'compile_', 'run_', 'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch', 'deploy', 'teardown',
-           'serve', 'retrain', 'watch', 'schedule', 'simulate', 'monitor']
+           'compile_', 'run_', 'search', 'runs', 'report', 'step', 'models', 'approve', 'predict', 'batch', 'deploy',
+           'teardown', 'serve', 'retrain', 'watch', 'schedule', 'simulate', 'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -305,6 +305,21 @@ def runs(as_json):
     if not found: click.echo('No runs yet. Start one with: skin-lesion run training')
 
 
+@main.command()
+@click.argument('run_id', metavar='[RUN]', default='latest')
+@click.argument('other', required=False)
+@click.option('--open', 'show', is_flag=True, help='Open it in the browser.')
+def report(run_id, other, show):
+    "Writes the report of RUN anew, or a page of RUN beside OTHER, and says where it lies."
+    from skin_lesion.execution.compare import write_comparison
+    from skin_lesion.execution.report import write_report
+    from skin_lesion.execution.runs import find_run
+    found = [find_run(Path(load_settings()['local.runs'].value), name) for name in (run_id, other) if name]
+    page = write_comparison(*found) if other else write_report(*found)
+    click.echo(page)
+    if show: click.launch(str(page))
+
+
 @main.command(context_settings={'ignore_unknown_options': True, 'help_option_names': []})
 @click.argument('name')
 @click.argument('arguments', nargs=-1, type=click.UNPROCESSED)
@@ -373,11 +388,12 @@ def predict(model, images, out, prevalence):
 @click.option('--prevalence', type=click.Choice(['equal', 'dataset']), default='equal', show_default=True,
               help='Class shares that the probabilities assume, as in `predict`.')
 def batch(model, source, output, prevalence):
-    """Probabilities of all pictures of INPUT by MODEL, in order and in bounded memory: a long `predict`.
+    """The whole answers of MODEL about all pictures of INPUT, decisions and doubts included, in order and in bounded memory.
 
     INPUT is a folder, an s3:// prefix, or a list: a text file with a path a line, a .csv with a column `path`, or a SageMaker
-    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A picture that
-    cannot be used has its reason in `refused`. After an interruption the same command goes on where it was."""
+    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A decision is
+    a diagnosis, or `abstain` for the doubts in `reasons`; a picture that cannot be used has its reason in `refused`. After an
+    interruption the same command goes on where it was."""
     from skin_lesion.cloud.upload import list_objects, read_object
     from skin_lesion.serving.batch import batch as run_batch
     from skin_lesion.serving.batch import ENDINGS, file_content, pictures_in, pictures_of_list

@@ -1,6 +1,7 @@
 """Figures that take minutes: `make bench` runs them on an otherwise idle machine and keeps them as JSON under bench/."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import split_table
 from skin_lesion.execution.definition import local_path
 from skin_lesion.execution.engine import run
+from skin_lesion.settings import load_settings
 from skin_lesion.training.imbalance import IMBALANCE, class_shares
 from skin_lesion.training.loop import Recipe, predict_logits, train
 from skin_lesion.training.models import Classifier, load_pretrained
@@ -86,6 +88,31 @@ def test_which_way_of_handling_imbalance_is_best(shared_data, tmp_path):
             figures["none, adjusted afterwards"] = round(float(after), 3)
     keep("imbalance", {"images": len(training), "pixels": 64, "epochs": 4, "validation_balanced_accuracy": figures})
     assert figures["none"] < min(figures[way] for way in IMBALANCE if way != "none")
+
+
+def full_length(run):
+    """What a run says of its way: the validation figure by which the kept epoch was chosen, and the judgement on test lesions."""
+    chosen = re.findall(r"chosen_balanced_accuracy=([\d.]+)", (run / "steps" / "train" / "log.txt").read_text())[-1]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    shares = {name: evaluation[name] for name in ("balanced_accuracy", "melanoma_sensitivity")}
+    return {"validation_balanced_accuracy": round(float(chosen), 3)} | {
+        f"test_{name}": {end: round(share[end], 3) for end in ("value", "low", "high")}
+        for name, share in shares.items()
+    }
+
+
+@pytest.mark.timeout(3 * 3600)
+def test_which_way_of_handling_imbalance_is_best_at_full_length(shared_data, tmp_path):
+    """Default runs on HAM10000 that differ in nothing else: the default is chosen on validation lesions."""
+    figures = {}
+    for way in IMBALANCE[1:]:
+        words = ["run", "training", "--dataset", "ham10000", "--data-dir", shared_data / "ham10000"]
+        command = [sys.executable, "-c", "from skin_lesion.cli import main; main()"]
+        subprocess.run([*command, *words, "--set", f"train.imbalance={way}"], check=True, cwd=tmp_path)
+        figures[way] = full_length((tmp_path / "runs" / "latest").resolve())
+    keep("imbalance_full", figures)
+    default = load_settings()["train.imbalance"].value
+    assert max(figures, key=lambda way: figures[way]["validation_balanced_accuracy"]) == default
 
 
 @pytest.mark.timeout(5400)

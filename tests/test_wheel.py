@@ -32,3 +32,11 @@ def test_the_wheel_carries_settings_notebooks_and_definitions(tmp_path):
     step = project.cli("step", "prepare")
     assert step.returncode == 0, step.stderr
     assert (root / "processing/output/table/split_proof.json").exists()
+
+
+def test_onnx_runtime_is_told_not_to_report_its_use():
+    """Before anything of the package can import it; what somebody has set stays."""
+    code = "import os, skin_lesion; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    for value, environ in (("1", {}), ("0", {"ORT_DISABLE_TELEMETRY": "0"})):
+        env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)} | environ
+        assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == value
