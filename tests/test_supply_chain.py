@@ -76,6 +76,7 @@ def test_a_change_is_searched_for_secrets_and_audited_and_has_its_bill():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_secret_lies_among_the_files_and_a_planted_one_is_found(tmp_path):
     """By the command of `make leaks`."""
     command = shlex.split(re.search(r"(uvx --from detect-secrets.*)", (ROOT / "Makefile").read_text())[1])
