@@ -247,7 +247,6 @@ resource "aws_iam_role_policy" "this" {
 # For an emergency: a person of this account whose own policy allows it, and who has proved a second factor within the hour,
 # reads everything that is kept and stops what runs; nothing else. Each use is an alarm (module observability).
 resource "aws_iam_role" "break_glass" {
-  #checkov:skip=CKV_AWS_61:Who may take it in an emergency is decided by the policies of people, and by their second factor
   name                 = "${var.name}-break-glass"
   max_session_duration = 3600
   assume_role_policy = jsonencode({
