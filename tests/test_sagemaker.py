@@ -171,6 +171,16 @@ def test_the_command_line_runs_on_sagemaker_with_the_settings_of_the_moment(aws,
     assert refused.exit_code == 2 and "s3:// address" in refused.output
 
 
+def test_a_run_above_the_budget_is_not_started_unless_it_is_said(aws, listed_steps, monkeypatch):
+    monkeypatch.setattr(on_sagemaker.time, "sleep", lambda seconds: None)
+    words = ["run", "training", "--on", "sagemaker", "--set", "aws.budget=1"]
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 1 and "more than the budget of US$ 1 (setting aws.budget)" in refused.output
+    assert aws[0].list_pipelines()["PipelineSummaries"] == [] and not listed_steps
+    done = CliRunner().invoke(main, [*words, "--over-budget"])
+    assert done.exit_code == 0 and "execution        Succeeded" in done.output, done.output
+
+
 def test_a_spot_job_without_a_checkpoint_path_is_not_started(aws):
     unsafe = json.loads(TEXT)
     del next(s for s in unsafe["Steps"] if s["Name"] == "train")["Arguments"]["CheckpointConfig"]

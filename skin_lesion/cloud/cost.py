@@ -114,8 +114,8 @@ def past_there(
     sagemaker,         # the SageMaker client
 ) -> dict[str, Past]:  # by step, the newest execution of each
     "What the last ten executions in the account took; none where the pipeline is not there."
-    try: executions = sagemaker.list_pipeline_executions(PipelineName=name, SortBy='CreationTime', SortOrder='Descending', MaxResults=10)['PipelineExecutionSummaries']
-    except sagemaker.exceptions.ResourceNotFound: return {}
+    if all(p['PipelineName'] != name for p in sagemaker.list_pipelines(PipelineNamePrefix=name)['PipelineSummaries']): return {}
+    executions = sagemaker.list_pipeline_executions(PipelineName=name, SortBy='CreationTime', SortOrder='Descending', MaxResults=10)['PipelineExecutionSummaries']
     found = {}
     for arn in (e['PipelineExecutionArn'] for e in executions):
         began = json.loads(sagemaker.describe_pipeline_definition_for_execution(PipelineExecutionArn=arn)['PipelineDefinition'])
@@ -261,10 +261,9 @@ def _run(pipeline: str, definition: dict, settings: dict, session, prices: dict,
 
 
 def _definition(pipeline: str, settings: dict) -> dict:
-    "The committed definition, or one compiled now where a setting is not that of the file."
-    path = project_file('pipelines', 'definitions', f'{pipeline}.json')
-    elsewhere = ('local.', 'retrain.', 'aws.budget')   # part of no definition but the notebook job's environment
-    if path.exists() and all(s.source == 'settings.ini' or name.startswith(elsewhere) for name, s in settings.items()): return json.loads(path.read_text())
+    "The committed definition, or one compiled now where a setting that makes a difference here is not that of the file."
+    path, counts = project_file('pipelines', 'definitions', f'{pipeline}.json'), re.compile(r'(data|train|experiments|search)\.|aws\.(.*instances?|volume_size)$')
+    if path.exists() and all(s.source == 'settings.ini' for name, s in settings.items() if counts.match(name)): return json.loads(path.read_text())
     return json.loads(compile_pipeline(pipeline, settings))
 
 
