@@ -371,7 +371,7 @@ def cost(what, refresh, as_json, pairs):
         expected, most = module.total(lines)
         click.echo(json.dumps({'lines': [line._asdict() for line in lines], 'expected': expected, 'most': most, 'budget': budget, 'notes': notes}, indent=1))
     else: click.echo('\n'.join(module.table(lines, notes, budget)))
-    module.refuse_over_budget(what.capitalize() if what in ('endpoint', 'month') else f'A run of {what}', lines, budget)
+    module.refuse_over_budget({'endpoint': 'A month of the endpoint', 'month': 'A month'}.get(what, f'A run of {what}'), lines, budget)
 
 # %% ../nbs/90_cli.ipynb #7fe57f4d
 @main.command()

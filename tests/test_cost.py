@@ -278,7 +278,7 @@ def test_the_command_shows_its_sources_and_ends_with_1_above_the_budget(alone):
     told = json.loads(done.output[: done.output.rindex("}") + 1])
     assert done.exit_code == 1 and told["expected"] > told["budget"] == 100 < told["most"]
     assert any("no AWS credentials" in note for note in told["notes"])
-    assert "Month is expected to cost" in done.output
+    assert "A month is expected to cost" in done.output
 
 
 def test_the_bundled_prices_cover_the_settings_and_terraform_agrees():

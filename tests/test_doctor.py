@@ -256,13 +256,29 @@ def test_what_may_not_be_looked_at_is_not_checked(account, monkeypatch):
     assert "permission to DescribeKey" in found[0].advice and ACCOUNT not in str(found)
 
 
-@pytest.mark.parametrize("profile", [None, "nobody"])
-def test_without_credentials_it_says_just_that(monkeypatch, tmp_path, profile):
+SIGNED_OUT = """[profile signed-out]
+sso_session = s
+sso_account_id = 123456789012
+sso_role_name = r
+[sso-session s]
+sso_start_url = https://example.org/start
+sso_region = eu-west-1
+"""
+
+
+@pytest.fixture
+def nobody(monkeypatch, tmp_path):
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a sign-in is kept
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    (tmp_path / "config").write_text(SIGNED_OUT)
+
+
+@pytest.mark.parametrize("profile", [None, "nobody", "signed-out"])
+def test_without_credentials_it_says_just_that(monkeypatch, nobody, profile):
     if profile:
         monkeypatch.setenv("AWS_PROFILE", profile)
     done = CliRunner().invoke(main, ["doctor"])
@@ -270,3 +286,11 @@ def test_without_credentials_it_says_just_that(monkeypatch, tmp_path, profile):
     assert done.output.startswith("wrong       credentials: ") and "aws sso login" in done.output
     [told] = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).output)
     assert told["state"] == "wrong" and told["name"] == "credentials"
+
+
+def test_without_a_way_to_aws_nothing_is_called_wrong(monkeypatch, nobody):
+    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:1")
+    [only] = module.doctor(load_settings(environ={}))
+    assert (only.state, only.name) == ("not checked", "credentials") and "reaches AWS" in only.advice

@@ -295,7 +295,7 @@ def refuse_over_budget(
     expected, most = total(lines)
     if expected > budget:
         raise ValueError(f'{what} is expected to cost US$ {expected:,.2f} (at most {most:,.2f}), more than the budget of US$ {budget:,} (setting aws.budget). '
-                         'Ask for less, or raise the budget.')
+                         'Ask for less, or raise the budget; `run` also takes --over-budget.')
 
 # %% ../../nbs/cloud/10_cost.ipynb #70f5af9c
 def table(

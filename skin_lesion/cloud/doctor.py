@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as NoConnection
 
 from .compile import compile_pipeline, jobs
 from .sagemaker import redact
@@ -35,11 +36,12 @@ _UNANSWERED = re.compile('403|AccessDenied|Unauthorized|Throttl|TooManyRequests|
 
 def check(
     name: str,       # of what is looked at
+    advice: str,     # what to do if it is not well
     look: Callable,  # gives what was found, and whether that is well
-    advice: str,     # what to do if it is not
+    *arguments,      # of `look`
 ) -> Check:
     "Looks, and never raises for what AWS refuses."
-    try: value, well = look()
+    try: value, well = look(*arguments)
     except ClientError as error:
         if not _UNANSWERED.search(error.response['Error']['Code']): return Check('wrong', name, redact(error.response['Error']['Message']), advice)
         return Check('not checked', name, redact(str(error)), f'Ask who owns the account for the permission to {error.operation_name}, or try again.')
@@ -63,14 +65,11 @@ def _trusts(policy: dict, service: str) -> bool:
 def check_roles(session, settings: dict) -> Iterator[Check]:
     "The four roles."
     iam, account = session.client('iam'), session.client('sts').get_caller_identity()['Account']
-    for key in ROLES:
-        arn = settings[f'aws.{key}'].value
-        def look():
-            if arn.split(':')[4:5] != [account]: return f'{arn} is no role of the account of these credentials', False
-            role = iam.get_role(RoleName=arn.rsplit('/', 1)[1])['Role']
-            taken = _trusts(role['AssumeRolePolicyDocument'], 'sagemaker.amazonaws.com')
-            return f'{arn}, which SageMaker may {"" if taken else "not "}take', taken
-        yield check(f'aws.{key}', look, APPLY)
+    def role(arn):
+        if arn.split(':')[4:5] != [account]: return f'{arn} is no role of the account of these credentials', False
+        taken = _trusts(iam.get_role(RoleName=arn.rsplit('/', 1)[1])['Role']['AssumeRolePolicyDocument'], 'sagemaker.amazonaws.com')
+        return f'{arn}, which SageMaker may {"" if taken else "not "}take', taken
+    for key in ROLES: yield check(f'aws.{key}', APPLY, role, settings[f'aws.{key}'].value)
 
 # %% ../../nbs/cloud/09_doctor.ipynb #444c5719
 def check_key(session, settings: dict) -> Iterator[Check]:
@@ -82,35 +81,35 @@ def check_key(session, settings: dict) -> Iterator[Check]:
     def rotation():
         on = kms.get_key_rotation_status(KeyId=kms.describe_key(KeyId=key)['KeyMetadata']['KeyId'])['KeyRotationEnabled']
         return 'on' if on else 'off', on
-    yield (there := check('aws.kms_key', state, APPLY))
-    if there.state == 'ok': yield check('aws.kms_key, rotation', rotation, f'aws kms enable-key-rotation --key-id {key}, or apply Terraform.')
+    yield (there := check('aws.kms_key', APPLY, state))
+    if there.state == 'ok': yield check('aws.kms_key, rotation', 'Turn it on with `aws kms enable-key-rotation`, or apply Terraform.', rotation)
 
 
 def check_buckets(session, settings: dict) -> Iterator[Check]:
     "The bucket of the data, and that of the captures."
     s3, kms, aws = session.client('s3'), session.client('kms'), _aws(settings)
+    def place(bucket):
+        s3.head_bucket(Bucket=bucket)
+        region = s3.get_bucket_location(Bucket=bucket)['LocationConstraint'] or 'us-east-1'
+        return f'{bucket} in {region}', region == aws['region']
+    def encryption(bucket):
+        rule = s3.get_bucket_encryption(Bucket=bucket)['ServerSideEncryptionConfiguration']['Rules'][0]['ApplyServerSideEncryptionByDefault']
+        if rule['SSEAlgorithm'] != 'aws:kms': return rule['SSEAlgorithm'], False
+        its, ours = (kms.describe_key(KeyId=k)['KeyMetadata']['Arn'] for k in (rule.get('KMSMasterKeyID', 'alias/aws/s3'), aws['kms_key']))
+        return (f'aws:kms with {aws["kms_key"]}', True) if its == ours else (f'aws:kms with another key than {aws["kms_key"]}', False)
+    def versions(bucket):
+        status = s3.get_bucket_versioning(Bucket=bucket).get('Status', 'never turned on')
+        return status, status == 'Enabled'
+    def public_access(bucket):
+        off = [name for name, on in s3.get_public_access_block(Bucket=bucket)['PublicAccessBlockConfiguration'].items() if not on]
+        return f'{", ".join(off)} off' if off else 'blocked', not off
     capture = settings['serving.capture'].value
     names = {'aws.bucket': aws['bucket']} | ({'serving.capture': capture.removeprefix('s3://').split('/')[0]} if capture.startswith('s3://') else {})
     for key, bucket in names.items():
-        def place():
-            s3.head_bucket(Bucket=bucket)
-            region = s3.get_bucket_location(Bucket=bucket)['LocationConstraint'] or 'us-east-1'
-            return f'{bucket} in {region}', region == aws['region']
-        def encryption():
-            rule = s3.get_bucket_encryption(Bucket=bucket)['ServerSideEncryptionConfiguration']['Rules'][0]['ApplyServerSideEncryptionByDefault']
-            if rule['SSEAlgorithm'] != 'aws:kms': return rule['SSEAlgorithm'], False
-            its, ours = (kms.describe_key(KeyId=k)['KeyMetadata']['Arn'] for k in (rule.get('KMSMasterKeyID', 'alias/aws/s3'), aws['kms_key']))
-            return (f'aws:kms with {aws["kms_key"]}', True) if its == ours else (f'aws:kms with another key than {aws["kms_key"]}', False)
-        def versions():
-            status = s3.get_bucket_versioning(Bucket=bucket).get('Status', 'never turned on')
-            return status, status == 'Enabled'
-        def closed():
-            blocks = s3.get_public_access_block(Bucket=bucket)['PublicAccessBlockConfiguration']
-            return ', '.join(name for name, on in blocks.items() if not on) + ' off' if not all(blocks.values()) else 'blocked', all(blocks.values())
-        yield (there := check(key, place, APPLY))
+        yield (there := check(key, APPLY, place, bucket))
         if there.state != 'ok': continue
-        for what, look in (('encryption', encryption), ('versions', versions), ('public access', closed)):
-            yield check(f'{key}, {what}', look, 'Apply Terraform, which sets it; a bucket that was made otherwise needs it by hand.')
+        for look in (encryption, versions, public_access):
+            yield check(f'{key}, {look.__name__.replace("_", " ")}', 'Apply Terraform, which sets it; a bucket that was made otherwise needs it by hand.', look, bucket)
 
 # %% ../../nbs/cloud/09_doctor.ipynb #1a339186
 def check_network(session, settings: dict) -> Iterator[Check]:
@@ -125,8 +124,8 @@ def check_network(session, settings: dict) -> Iterator[Check]:
         vpcs = {s['VpcId'] for s in ec2.describe_subnets(SubnetIds=subnets)['Subnets']}
         found = {g['VpcId'] for g in ec2.describe_security_groups(GroupIds=groups)['SecurityGroups']}
         return f'{len(groups)} of {", ".join(sorted(found))}', found == vpcs
-    yield check('aws.subnets', private, APPLY)
-    yield check('aws.security_groups', same_network, APPLY)
+    yield check('aws.subnets', APPLY, private)
+    yield check('aws.security_groups', APPLY, same_network)
 
 
 _IMAGE = re.compile(r'(\d{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/([^:@]+)(?::([^@]+))?(?:@(sha256:[0-9a-f]{64}))?')
@@ -135,17 +134,16 @@ _IMAGE = re.compile(r'(\d{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/
 def check_images(session, settings: dict) -> Iterator[Check]:
     "The tag or digest of both images."
     ecr = session.client('ecr')
-    for key in ('image_uri', 'serving_image_uri'):
-        uri = settings[f'aws.{key}'].value
-        def look():
-            parts = _IMAGE.fullmatch(uri)
-            if not parts: return f'{uri} is no address in ECR', False
-            account, region, repository, tag, digest = parts.groups()
-            if region != settings['aws.region'].value: return f'{uri} is in {region}, where SageMaker of another region takes no image', False
-            name = {'imageDigest': digest} if digest else {'imageTag': tag or 'latest'}
-            image = ecr.describe_images(registryId=account, repositoryName=repository, imageIds=[name])['imageDetails'][0]
-            return f'{uri}, {image["imageDigest"][:19]} of {image["imagePushedAt"]:%Y-%m-%d}', True
-        yield check(f'aws.{key}', look, f'Build and push it: pipelines/images/{"serve" if "serving" in key else "steps"}/Dockerfile, as .github/workflows/deploy.yml does; then name its tag.')
+    def image(uri):
+        parts = _IMAGE.fullmatch(uri)
+        if not parts: return f'{uri} is no address in ECR', False
+        account, region, repository, tag, digest = parts.groups()
+        if region != settings['aws.region'].value: return f'{uri} is in {region}, where SageMaker of another region takes no image', False
+        name = {'imageDigest': digest} if digest else {'imageTag': tag or 'latest'}
+        found = ecr.describe_images(registryId=account, repositoryName=repository, imageIds=[name])['imageDetails'][0]
+        return f'{uri}, {found["imageDigest"][:19]} of {found["imagePushedAt"]:%Y-%m-%d}', True
+    for key, folder in (('image_uri', 'steps'), ('serving_image_uri', 'serve')):
+        yield check(f'aws.{key}', f'Build and push it: pipelines/images/{folder}/Dockerfile, as .github/workflows/deploy.yml does; then name its tag.', image, settings[f'aws.{key}'].value)
 
 
 def check_group(session, settings: dict) -> Iterator[Check]:
@@ -154,7 +152,7 @@ def check_group(session, settings: dict) -> Iterator[Check]:
     def look():
         status = session.client('sagemaker').describe_model_package_group(ModelPackageGroupName=name)['ModelPackageGroupStatus']
         return f'{name}: {status}', status == 'Completed'
-    yield check('aws.model_package_group', look, APPLY)
+    yield check('aws.model_package_group', APPLY, look)
 
 # %% ../../nbs/cloud/09_doctor.ipynb #01b1c6ba
 def needed_instances(
@@ -180,13 +178,13 @@ def check_quotas(session, settings: dict, definitions: list[dict]) -> Iterator[C
         for verb in ('list_aws_default_service_quotas', 'list_service_quotas'):   # the account's own count
             for page in client.get_paginator(verb).paginate(ServiceCode='sagemaker'): found.update({q['QuotaName']: q for q in page['Quotas']})
         return f'{len(found)} of SageMaker', True
-    yield (there := check('quotas', read, 'Is SageMaker offered in this region?'))
-    if there.state != 'ok': return
-    for name, need in needs.items():
-        quota = found.get(name)
-        if quota is None: yield Check('not checked', f'quota {name}', 'AWS lists no such quota', 'Is there such an instance type in this region?')
-        else: yield check(f'quota {name}', lambda: (f'{quota["Value"]:g}, and {need} needed', quota['Value'] >= need),
-            f'aws service-quotas request-service-quota-increase --service-code sagemaker --quota-code {quota["QuotaCode"]} --desired-value {need}')
+    yield (there := check('quotas', 'Is SageMaker offered in this region?', read))
+    for name, need in needs.items() if there.state == 'ok' else ():
+        if name not in found: yield Check('not checked', f'quota {name}', 'AWS lists no such quota', 'Is there such an instance type in this region?')
+        else:
+            have, code = found[name]['Value'], found[name]['QuotaCode']
+            ask = f'aws service-quotas request-service-quota-increase --service-code sagemaker --quota-code {code} --desired-value {need}'
+            yield Check('ok' if have >= need else 'wrong', f'quota {name}', f'{have:g}, and {need} needed', '' if have >= need else ask)
 
 # %% ../../nbs/cloud/09_doctor.ipynb #62ba8c87
 def _named(values: list) -> dict:
@@ -218,15 +216,15 @@ def check_definitions(
 ) -> Iterator[Check]:
     "Committed against compiled, and deployed against compiled."
     sagemaker = session.client('sagemaker')
-    def told(found: list[str], well: str): return ('; '.join(found[:3]) + (f'; and {len(found) - 3} more' if len(found) > 3 else '')) or well, not found
+    def told(one, other):
+        found = differences(one, other)
+        return '; '.join(found[:3]) + (f'; and {len(found) - 3} more' if len(found) > 3 else '') or 'as compiled', not found
+    def deployed(pipeline, name): return told(json.loads(sagemaker.describe_pipeline(PipelineName=pipeline)['PipelineDefinition']), wanted[name])
     for name in committed:
-        yield check(f'definition {name}', lambda: told(differences(committed[name], compiled[name]), 'as compiled'),
-                    f'skin-lesion compile {name} -o pipelines/definitions/{name}.json, commit and apply. Values of an account belong into a settings.ini of their own folder.')
+        yield check(f'definition {name}', f'skin-lesion compile {name} -o pipelines/definitions/{name}.json, commit and apply. '
+                    'Values of an account belong into a settings.ini of another folder.', told, committed[name], compiled[name])
         pipeline = f'skin-lesion-{name.replace("_", "-")}'
-        def deployed():
-            text = sagemaker.describe_pipeline(PipelineName=pipeline)['PipelineDefinition']
-            return told(differences(json.loads(text), wanted[name]), 'as compiled with these settings')
-        yield check(f'pipeline {pipeline}', deployed, f'terraform apply puts the committed one there; skin-lesion run {name} --on sagemaker that of these settings.')
+        yield check(f'pipeline {pipeline}', f'terraform apply puts the committed one there; skin-lesion run {name} --on sagemaker that of these settings.', deployed, pipeline, name)
 
 # %% ../../nbs/cloud/09_doctor.ipynb #156e2fff
 SIGN_IN = ('Sign in: `aws sso login`, or set AWS_PROFILE to a profile of ~/.aws/config (`aws configure sso` makes one). '
@@ -251,15 +249,16 @@ def doctor(
     known = region in session.get_available_regions('sagemaker')
     def who():
         try: return session.client('sts', region_name=region if known else 'us-east-1').get_caller_identity()['Arn'], True
-        except HTTPClientError: raise   # no way to AWS
+        except (HTTPClientError, NoConnection): raise   # no way to AWS
         except BotoCoreError as error: return str(error), False   # a sign-in that ran out
     def enabled():
         if not known: return f'{region} is no region with SageMaker', False
         status = session.client('ec2').describe_regions(RegionNames=[region], AllRegions=True)['Regions'][0]['OptInStatus']
         return f'{region}, {status}', status != 'not-opted-in'
-    for first in (check('credentials', who, SIGN_IN), check('aws.region', enabled, 'Correct setting aws.region, or turn the region on for the account.')):
-        yield first
-        if first.state == 'wrong' or (first.name, first.state) == ('credentials', 'not checked'): return
+    yield (me := check('credentials', SIGN_IN, who))
+    if me.state != 'ok': return
+    yield (place := check('aws.region', 'Correct setting aws.region, or turn the region on for the account.', enabled))
+    if place.state == 'wrong': return
     for part in (check_roles, check_key, check_buckets, check_network, check_images, check_group): yield from part(session, settings)
     committed = {path.stem: json.loads(path.read_text()) for path in sorted(project_file('pipelines', 'definitions').glob('*.json'))}
     try: compiled, wanted = _compiled(list(committed), default_settings()), _compiled(list(committed), settings)
