@@ -495,6 +495,31 @@ def left(url):
     }
 
 
+def the_doctor_finds_all_of_it(url, settings, folder):
+    """`skin-lesion doctor` in a folder with the settings of Terraform's output, once the images are pushed."""
+    (folder / "settings.ini").write_text(settings)
+    env = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url}
+    words = [sys.executable, "-c", "from skin_lesion.cli import main; main()", "doctor", "--json"]
+    look = lambda: subprocess.run(
+        words, cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    done = look()
+    lines = json.loads(done.stdout)
+    wrong = {line["name"] for line in lines if line["state"] != "ok"}
+    assert done.returncode == 1 and wrong == {"aws.image_uri", "aws.serving_image_uri"}, done.stdout
+    ecr = boto3.client(
+        "ecr", region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    for name in ("steps", "serve"):
+        manifest = json.dumps({"mediaType": "application/vnd.oci.image.manifest.v1+json", "of": name})
+        ecr.put_image(repositoryName=f"skin-lesion-{name}", imageManifest=manifest, imageTag="unset")
+    done = look()
+    assert done.returncode == 0, done.stdout
+    assert {f"pipeline skin-lesion-{name}" for name in ("training", "deploy", "notebook-jobs")} <= {
+        line["name"] for line in lines
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
@@ -514,6 +539,8 @@ def test_an_account_comes_up_and_goes_again_without_a_rest(staged, moto, tmp_pat
     assert len(there["buckets"]) == 6 and "skin-lesion-training" in there["pipelines"] and there["alarms"]
     said = run("terraform", "output", "-raw", "settings", cwd=folder).stdout
     assert "role_arn = arn:aws:iam::123456789012:role/skin-lesion-pipeline" in said
+    if environment == "dev":
+        the_doctor_finds_all_of_it(moto, said, tmp_path)
     done = run("terraform", "destroy", *words, cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     assert {kind: names for kind, names in left(moto).items() if names} == {}
