@@ -457,13 +457,18 @@ def batch(model, source, output, prevalence):
 @click.argument('version', type=int, required=False)
 @click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
 @click.option('--port', default=0, help='Of a local server; a free one when left out.')
+@click.option('--all', 'everything', is_flag=True, help='On SageMaker: first build and push images that ECR lacks, and create or update the pipelines.')
 @set_option
-def deploy(version, place, port, pairs):
+def deploy(version, place, port, everything, pairs):
     """Deploys the approved VERSION, or the newest approved one, as the endpoint of setting serving.endpoint.
 
     It must answer smoke pictures first. A second time it replaces what is there, and goes back to that if it fails."""
     loaded = load_settings(_overrides(pairs))
+    if everything and place == 'local': raise click.UsageError('--all is for --on sagemaker: here are no images and no pipelines to put anywhere.')
     if place == 'sagemaker':
+        if everything:
+            from skin_lesion.cloud.release import release
+            release(loaded, click.echo)
         from skin_lesion.cloud.endpoint import deploy as deploy_endpoint
         return deploy_endpoint(loaded, version, echo=click.echo)
     from skin_lesion.cloud.deploy import approved, deploy_locally

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['APPLY', 'ROLES', 'SIGN_IN', 'Check', 'check', 'check_roles', 'check_key', 'check_buckets', 'check_network',
-           'check_images', 'check_group', 'needed_instances', 'check_quotas', 'differences', 'check_definitions',
-           'doctor']
+           'image_parts', 'check_images', 'check_group', 'needed_instances', 'check_quotas', 'differences',
+           'check_definitions', 'doctor']
 
 # %% ../../nbs/cloud/09_doctor.ipynb #04fdd3f8
 import json
@@ -131,19 +131,26 @@ def check_network(session, settings: dict) -> Iterator[Check]:
 _IMAGE = re.compile(r'(\d{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/([^:@]+)(?::([^@]+))?(?:@(sha256:[0-9a-f]{64}))?')
 
 
+def image_parts(
+    uri: str,  # e.g. 000000000000.dkr.ecr.eu-west-1.amazonaws.com/skin-lesion-steps:abc123
+) -> tuple[str, str, str, dict] | None:  # account, region, repository, and {'imageTag': …} or {'imageDigest': …}; None for no address of ECR
+    "The parts of an image's address."
+    if not (parts := _IMAGE.fullmatch(uri)): return None
+    account, region, repository, tag, digest = parts.groups()
+    return account, region, repository, {'imageDigest': digest} if digest else {'imageTag': tag or 'latest'}
+
+
 def check_images(session, settings: dict) -> Iterator[Check]:
     "The tag or digest of both images."
     ecr = session.client('ecr')
     def image(uri):
-        parts = _IMAGE.fullmatch(uri)
-        if not parts: return f'{uri} is no address in ECR', False
-        account, region, repository, tag, digest = parts.groups()
+        if not (parts := image_parts(uri)): return f'{uri} is no address in ECR', False
+        account, region, repository, name = parts
         if region != settings['aws.region'].value: return f'{uri} is in {region}, where SageMaker of another region takes no image', False
-        name = {'imageDigest': digest} if digest else {'imageTag': tag or 'latest'}
         found = ecr.describe_images(registryId=account, repositoryName=repository, imageIds=[name])['imageDetails'][0]
         return f'{uri}, {found["imageDigest"][:19]} of {found["imagePushedAt"]:%Y-%m-%d}', True
     for key, folder in (('image_uri', 'steps'), ('serving_image_uri', 'serve')):
-        yield check(f'aws.{key}', f'Build and push it: pipelines/images/{folder}/Dockerfile, as .github/workflows/deploy.yml does; then name its tag.', image, settings[f'aws.{key}'].value)
+        yield check(f'aws.{key}', f'Build and push it: pipelines/images/{folder}/Dockerfile, or let `skin-lesion deploy --on sagemaker --all` do so.', image, settings[f'aws.{key}'].value)
 
 
 def check_group(session, settings: dict) -> Iterator[Check]:
