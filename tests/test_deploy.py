@@ -157,6 +157,7 @@ def test_a_first_deployment_is_encrypted_closed_scaled_watched_and_has_answered(
     config = account.aws.sagemaker.describe_endpoint_config(EndpointConfigName=name)
     assert config["KmsKeyId"] == "alias/skin-lesion" and not config.get("DataCaptureConfig")
     model = account.aws.sagemaker.describe_model(ModelName=name)
+    assert model["ExecutionRoleArn"].endswith(":role/skin-lesion-serving")  # may read models, and nothing of training
     assert model["PrimaryContainer"]["Image"].endswith("skin-lesion-serve:latest") and model["VpcConfig"]["Subnets"]
     environment = model["PrimaryContainer"]["Environment"]
     seen = load_settings(environ=environment)  # as the container reads it

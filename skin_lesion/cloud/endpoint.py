@@ -57,7 +57,7 @@ def requests_for(
     if kind not in KINDS: raise ValueError(f'serving.kind = {kind!r} must be one of {", ".join(KINDS)}.')
     if not 1 <= serving['instances_min'] <= serving['instances_max']:
         raise ValueError(f'serving.instances_min = {serving["instances_min"]} must be at least 1 and at most instances_max = {serving["instances_max"]}.')
-    model = {'ExecutionRoleArn': aws['role_arn'], 'Tags': TAGS, 'PrimaryContainer': {
+    model = {'ExecutionRoleArn': aws['serving_role_arn'], 'Tags': TAGS, 'PrimaryContainer': {
         'Image': aws['serving_image_uri'], 'ModelDataUrl': data_url, 'Environment': _environment(settings)}}
     config = {'Tags': TAGS, 'ProductionVariants': [{'VariantName': VARIANT, **_variant(serving)}]}
     if kind != 'serverless':
