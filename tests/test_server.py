@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -185,6 +186,9 @@ BOMB = b"\x89PNG\r\n\x1a\n" + b"".join(
         (json.dumps({"image": B64, "colour": 1}), "application/json", "*/*", 400, "unknown key 'colour'"),
         (json.dumps({"image": B64, "explain": "yes"}), "application/json", "*/*", 400, "explain must be"),
         (array(dtype=np.float32), "application/x-npy", "*/*", 400, "float32"),
+        (b"{}\n" * 2001, "application/jsonlines", "*/*", 413, "2,001 pictures"),
+        (json.dumps({"images": [0] * 2001}), "application/json", "*/*", 413, "2,001 pictures"),
+        (array((2001, 16, 16, 3)), "application/x-npy", "*/*", 413, "2,001 pictures"),
         (array((4, 4)), "application/x-npy", "*/*", 400, "must be (N, H, W, 3)"),
         (array()[:-7], "application/x-npy", "*/*", 400, "were sent"),
         (array().replace(b"(2, 40, 50, 3)", b"(2000000,90,3)"), "application/x-npy", "*/*", 400, "shape"),
@@ -284,7 +288,7 @@ def test_garbage_instead_of_http(server):
         if k % 10 == 0:
             data = bytearray(rng.randbytes(300))
         answer = raw(server, bytes(data))
-        assert answer == b"" or answer[:10] in (b"HTTP/1.1 4", b"HTTP/1.0 4"), answer[:200]
+        assert answer == b"" or re.match(rb"HTTP/(0.9|1.0|1.1) 4", answer), answer[:200]
     for line in (
         b"\r\n" * 50,
         b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
@@ -318,10 +322,6 @@ def slow_package(tmp_path_factory):
 
 
 def test_waiting_requests_share_a_run(server):
-    def size():
-        text = requests.get(server.url + "/metrics").text
-        return [float(line.split()[1]) for line in text.splitlines() if line.startswith("skin_lesion_batch_size_")][-3:]
-
     body = json.dumps({"images": [{"image": B64}] * 40})
     assert len(ask(server, body, "application/json").json()["predictions"]) == 40
     text = requests.get(server.url + "/metrics").text
