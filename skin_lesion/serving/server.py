@@ -192,8 +192,8 @@ class Service:
         form = choose(request.headers.get('Accept', ''))
         explain = {'true': True, 'false': False, '': False}.get(request.query.get('explain', '').lower())
         if explain is None: raise Refusal(400, f'explain={request.query["explain"][:40]} must be true or false')
-        body = await self._body(request)
         await self.ready.wait()
+        body = await self._body(request)
         if self.requests >= self.options['queue']: raise Overloaded(f'{self.requests} requests are under way; try again in a second')
         self.requests += 1
         try: return form, await self._answer(form, request.headers.get('Content-Type', ''), body, explain, request_id, told)
@@ -222,25 +222,25 @@ class Service:
         if explain and self.answerer.why_no_maps: raise Refusal(400, self.answerer.why_no_maps)
         told |= {'content_type': content_type[:80], 'bytes': len(body), 'pictures': len(seen)}
         rows = await self.batcher([square for square, _ in seen], explain)
-        work = loop.run_in_executor(self.pool, self._words, sent, seen, rows, explain) if explain or len(seen) > 1 else None
-        answers = await work if work else self._words(sent, seen, rows, explain)
-        told['decisions'] = [answer.get('decision', 'error') for answer in answers][:16]
         common = {'model': self.answerer.about, 'request_id': request_id, 'notice': NOTICE}
+        work = form, sent, seen, rows, explain, common
+        answers, text = await loop.run_in_executor(self.pool, self._words, *work) if explain or len(seen) > 1 else self._words(*work)
+        told['decisions'] = [answer.get('decision', 'error') for answer in answers][:16]
         if self.capture and self.capture.wanted(): self._keep(content_type, body, sent, seen, rows, answers, common | {'ms': round((time.perf_counter() - began)*1000, 1)})
-        return render(form, sent, answers, common)
+        return text
 
     def _decode(self, content_type: str, body: bytes) -> tuple[Request, list]:
         sent = parse(content_type, body, self.answerer.image_size)
         return sent, [measure(asked.picture, self.answerer.image_size) for asked in sent.asked if asked.picture]
 
-    def _words(self, sent: Request, seen: list, rows: list[dict], explain: bool) -> list[dict]:
-        "An answer for each picture, in the order of the request, and the reason for each that could not be used."
+    def _words(self, form: str, sent: Request, seen: list, rows: list[dict], explain: bool, common: dict) -> tuple[list[dict], bytes]:
+        "An answer for each picture, in the order of the request, and the reason for each that could not be used; the body."
         good = (self.answerer.answer(*picture, row, explain) for picture, row in zip(seen, rows))
         answers = [next(good) if asked.picture else {'error': asked.error} for asked in sent.asked]
         for answer in answers:
             self.metrics.pictures.labels(answer.get('decision', 'error')).inc()
             for fault in answer.get('reasons', ()): self.metrics.reasons.labels(fault['reason']).inc()
-        return answers
+        return answers, render(form, sent, answers, common)
 
     def _keep(self, content_type: str, body: bytes, sent: Request, seen: list, rows: list[dict], answers: list[dict], common: dict):
         "Hands the request to capture. Maps show the picture, so they are left out."
