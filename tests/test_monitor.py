@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from skin_lesion.cli import main
 from skin_lesion.monitoring.example import write_example
+from skin_lesion.monitoring.reference import load_reference
 
 ENVIRONMENT = (
     "dataset_source",
@@ -191,23 +192,18 @@ def test_model_monitors_environment_counts_before_the_parameters(drawn, tmp_path
 def test_earlier_windows_make_an_alarm_lasting(drawn, drifted, tmp_path):
     root = make_root(tmp_path / "f", drawn / "drift", ("capture", "package"))
     (root / "processing/input/history").mkdir()
-    earlier = [w for w in drifted[1]["drift.json"]["windows"] if w["start"] < "2026-03-04"]
-    (root / "processing/input/history/one.json").write_text(json.dumps({"windows": earlier}))
+    told = drifted[1]["drift.json"]
+    told = {"version": told["version"], "windows": [w for w in told["windows"] if w["start"] < "2026-03-04"]}
+    (root / "processing/input/history/one.json").write_text(json.dumps(told))
     done = monitor(root, since="2026-03-04")
     assert done.returncode == 0, done.stderr
     found = outputs(root)["drift.json"]
     assert (len(found["history"]), len(found["windows"]), found["lasting"]) == (3, 1, True)
 
 
-def test_a_package_without_a_reference_is_refused(drawn, tmp_path):
-    from skin_lesion.serving.package import pack
-
-    root = make_root(tmp_path / "g", drawn / "none", ("capture",))
-    bare = shutil.copytree(drawn / "none/work", tmp_path / "bare")
-    (bare / "reference.safetensors").unlink()
-    pack(bare, root / "processing/input/package/model.tar.gz")
-    done = monitor(root)
-    assert done.returncode == 1 and "holds no reference.safetensors" in done.stderr
+def test_a_package_without_a_reference_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no reference.safetensors"):
+        load_reference(tmp_path)
 
 
 def test_the_command_says_by_its_exit_code(drawn, tmp_path, monkeypatch):
