@@ -250,7 +250,7 @@ class Service:
             sketches = iter(self.sketch([square for square, _ in seen], rows))
             properties = [answer.get('quality', {}) | asked.patient | (next(sketches) if asked.picture else {}) for asked, answer in zip(sent.asked, answers)]
             return record(content_type, kept, properties, {'predictions': said, **common}, common['request_id'], at)
-        self.capture.put(make)
+        self.capture.put(make, len(kept or b'') + sum(square.nbytes for square, _ in seen))
 
 # %% ../../nbs/serving/06_server.ipynb #fa894664
 async def _work(listener: socket.socket, package: Path, options: dict, threads: int, parent: int):
