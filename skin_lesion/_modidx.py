@@ -945,6 +945,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.conclude': ( 'execution/retrain.html#conclude',
                                                                                            'skin_lesion/execution/retrain.py'),
+                                               'skin_lesion.execution.retrain.on_record': ( 'execution/retrain.html#on_record',
+                                                                                            'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.record_here': ( 'execution/retrain.html#record_here',
                                                                                               'skin_lesion/execution/retrain.py'),
                                                'skin_lesion.execution.retrain.serve_promoted': ( 'execution/retrain.html#serve_promoted',
