@@ -127,9 +127,9 @@ def wiring(settings) -> SimpleNamespace:
         notebook=None,
         instances=1,
         isolated=True,
+        environment=None,
         **options,
     ):
-        environment = options.pop("environment", None)
         processor = Processor(
             role=role,
             image_uri=image,

@@ -398,13 +398,28 @@ def test_a_killed_worker_is_replaced_within_two_seconds_and_no_connection_is_ref
     )
 
 
-def test_several_workers_share_the_port_and_their_numbers(tmp_path):
-    with Served(colours_package(tmp_path / "package"), "--workers", "2") as server:
-        server.line("ready", 2)
+def test_several_workers_share_the_port_and_their_numbers(slow_package):
+    def figures():
+        lines = [line.split() for line in requests.get(server.url + "/metrics").text.splitlines()]
+        return {line[0]: float(line[1]) for line in lines if line[0].startswith("skin_lesion")}
+
+    with Served(slow_package, "--workers", "2", SKIN_LESION_SERVING_BATCH="1") as server:
+        pids = [server.line("ready", n)["pid"] for n in (1, 2)]
         for _ in range(20):
             assert ask(server, PNG).status_code == 200
-        text = requests.get(server.url + "/metrics").text
-        assert 'skin_lesion_requests_total{status="200"} 20.0' in text
+        assert figures()['skin_lesion_requests_total{status="200"}'] == 20
+        with ThreadPoolExecutor(1) as client:
+            many = client.submit(ask, server, json.dumps({"images": [{"image": B64}] * 400}), "application/json")
+            end = time.monotonic() + 10
+            while figures()["skin_lesion_waiting_pictures"] == 0 and time.monotonic() < end:
+                time.sleep(0.1)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            assert isinstance(many.exception(), requests.ConnectionError)
+        server.line("ready", 4)
+        now = figures()
+        assert now["skin_lesion_waiting_pictures"] == 0  # nothing waits in a worker that is gone
+        assert now['skin_lesion_requests_total{status="200"}'] == 20
 
 
 def test_a_folder_that_is_no_package_ends_the_server_with_a_reason(tmp_path, project):

@@ -135,9 +135,13 @@ class Service:
         else: return web.json_response({'status': 'healthy', 'model': self.answerer.about})
         return web.json_response({'error': problem}, status=503)
 
-    async def numbers(self, request: web.Request) -> web.Response:
+    def gauge(self):
+        "Notes what stands at the moment, also for a neighbour that is asked for its `/metrics`."
         self.metrics.waiting.set(self.batcher.pictures if self.ready.is_set() else 0)
         if self.capture: self.metrics.captured.set(self.capture.written); self.metrics.lost.set(self.capture.lost)
+
+    async def numbers(self, request: web.Request) -> web.Response:
+        self.gauge()
         return web.Response(body=self.metrics.text(), headers={'Content-Type': 'text/plain; version=0.0.4; charset=utf-8'})
 
     async def execution_parameters(self, request: web.Request) -> web.Response:
@@ -265,7 +269,7 @@ async def _work(listener: socket.socket, package: Path, options: dict, threads: 
     log('ready', pid=os.getpid(), **service.answerer.about)
     while not stop.is_set() and os.getppid() == parent:   # a worker without its parent ends, too
         try: await asyncio.wait_for(stop.wait(), 1)
-        except TimeoutError: pass
+        except TimeoutError: service.gauge()
     service.draining = True
     log('draining', pid=os.getpid(), requests=service.requests)
     await asyncio.sleep(0.5)
@@ -298,6 +302,12 @@ def _cores() -> int:
     try: quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
     except (OSError, ValueError): return cores
     return cores if quota == 'max' else max(1, min(cores, -(-int(quota) // int(period))))
+
+
+def _forget(pid: int):
+    "What waited in a worker that is gone waits no more."
+    from prometheus_client.multiprocess import mark_process_dead
+    mark_process_dead(pid)
 
 
 def _stop(workers: list):
@@ -346,6 +356,7 @@ def _supervise(listener: socket.socket, package: Path, options: dict) -> int:
         for k, worker in enumerate(workers):
             if worker.is_alive(): continue
             print(json.dumps({'event': 'worker ended', 'pid': worker.pid, 'status': worker.exitcode}), flush=True)
+            if options['workers'] > 1: _forget(worker.pid)
             if worker.exitcode == 3 or sum(time.monotonic() - at < 10 for at in starts) > 5 + options['workers']:
                 _stop(workers)
                 return 1
