@@ -130,9 +130,9 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
         notebook=None,
         instances=1,
         isolated=True,
+        environment=None,
         **options,
     ):
-        environment = options.pop("environment", None)
         processor = Processor(
             role=role,
             image_uri=image,
