@@ -88,14 +88,11 @@ def access(terraform: Path) -> dict[str, dict[str, set[str]]]:
     return found
 
 
-def role_of(terraform: Path, pipelines: list[str]) -> dict[str, str]:
-    """Pipeline to the role that its jobs run under."""
-    rule = re.search(r"job_role = (.*?)\n  roled", (terraform / "modules/sagemaker/main.tf").read_text(), flags=re.S)[1]
-    named = {name: role for name, role in re.findall(r'name == "(\w+)" \? var\.roles\.(\w+)', rule)}
-    for names, role in re.findall(r"contains\(\[(.*?)\], name\) \? var\.roles\.(\w+)", rule):
-        named |= dict.fromkeys(quoted(names), role)
-    other = re.search(r": var\.roles\.(\w+) \}", rule)[1]
-    return {name: named.get(name, other) for name in pipelines}
+def role_of(definition: dict) -> str:
+    """The role that the jobs of a compiled pipeline run under."""
+    arguments = definition["Steps"][0]["Arguments"]
+    role, defaults = arguments["RoleArn"], {p["Name"]: p.get("DefaultValue") for p in definition["Parameters"]}
+    return (role if isinstance(role, str) else defaults[role["Get"].removeprefix("Parameters.")]).rsplit("-", 1)[1]
 
 
 def account(root: Path) -> str:
@@ -103,8 +100,9 @@ def account(root: Path) -> str:
     terraform = root / "terraform"
     calls = dict(blocks((terraform / "main.tf").read_text(), "module"))
     uses = {name: set(re.findall(r"module\.(\w+)", body)) for name, body in calls.items()}
-    pipelines = sorted(p.stem for p in (root / "pipelines" / "definitions").glob("*.json"))
-    roles = role_of(terraform, pipelines)
+    roles = {
+        p.stem: role_of(json.loads(p.read_text())) for p in sorted((root / "pipelines" / "definitions").glob("*.json"))
+    }
     buckets = re.search(
         r"^  encrypted = (.*)\n  kinds .*= (.*)$", (terraform / "modules/storage/main.tf").read_text(), re.M
     )
@@ -132,7 +130,7 @@ def account(root: Path) -> str:
             lines.append(f'    {module}["{"<br/>".join(words)}"]')
     lines.append(f'    subgraph network["network: {", ".join(kinds_of(terraform, "network"))}"]')
     for role in access(terraform):
-        names = [name for name in pipelines if roles[name] == role]
+        names = [name for name in roles if roles[name] == role]
         text = "jobs of " + ", ".join(names) if names else {"serving": "endpoint", "studio": "Studio: people"}[role]
         lines.append(f'      {role}["{text}<br/>role {role}"]')
     lines += ["    end", f'    subgraph storage["storage: {", ".join(kinds_of(terraform, "storage"))}"]']
