@@ -60,6 +60,7 @@ def step_root(
 
 # %% ../../nbs/execution/01_step.ipynb #7145bc5d
 def is_training(root: Path, name: str) -> bool:
+    "Whether the step `name` in `root` is a Training job, not a Processing job."
     config = root/'input'/'config'
     if (config/'resourceconfig.json').exists() or (config/'hyperparameters.json').exists(): return True
     return name == 'train' and not (root/'config'/'processingjobconfig.json').exists()
