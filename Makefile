@@ -2,6 +2,7 @@
 SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 BIN := .venv/bin
+COMPILE = uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
 export PATH := $(abspath $(BIN)):$(PATH)
 
 help:  ## this list
@@ -86,8 +87,11 @@ hooks: install  ## git hooks and merge driver that keep notebooks clean, and Jup
 	git config --file .gitconfig diff.jupyternotebook.command "'$(abspath $(BIN))/nbdev-diff-driver'" && \
 	printf '#!/bin/sh\n"%s/nbdev-trust"\n' '$(abspath $(BIN))' > .git/hooks/post-merge; fi
 
-lock:  ## requirements.lock from pyproject.toml
-	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
+lock:  ## requirements.lock from pyproject.toml; what it holds already stays as it is
+	$(COMPILE)
 
-.PHONY: help install run test notebooks lab bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test lambdas studio infra-readme test-infra
+upgrade: install  ## requirements.lock with the newest versions of everything
+	$(COMPILE) --upgrade
+
+.PHONY: help install run test notebooks lab bench bench-training bench-monitoring lint definitions readme hooks lock upgrade bench-serving image-test lambdas studio infra-readme test-infra
 .DEFAULT_GOAL := help
