@@ -224,7 +224,7 @@ def capacity(server, package, pictures, figures):
     todo = [pictures[i % len(pictures)] for i in range(480)]
     for _ in range(5):
         began = time.perf_counter()
-        for _, images, _ in read_squares(todo, SIZE, BATCH, content=bytes):
+        for _, images, _ in read_squares(todo, SIZE, BATCH):
             graph.logits(images, BATCH)
         bare.append(len(todo) / (time.perf_counter() - began))
         rate, results = asyncio.run(closed_loop(server.address, messages, 16, len(todo)))

@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'turned', 'same_test', 'row_of', 'came', 'comparison', 'w
 # %% ../../nbs/execution/07a_compare.ipynb #0411151f
 from pathlib import Path
 
-from fastcore.xml import H1, H2, A, Footer, Header, Main, P, Section, Small, Span, Td
+from fastcore.xml import H1, H2, A, Footer, Header, Main, P, Section, Small, Span, Strong, Td
 
 from .pages import page, table
 from .report import notices, parameters_of, write_report
@@ -46,7 +46,8 @@ def row_of(
     "A measure in both runs."
     known = comparable and all(number((m or {}).get('value')) != 'not estimable' for m in (a, b))
     apart = known and all(m.get('low') is not None for m in (a, b)) and (a['high'] < b['low'] or b['high'] < a['low'])
-    return [title, figure(a), figure(b), Td(f'{b["value"] - a["value"]:+.3f}' if known else '', cls='pass' if apart else 'dim')]
+    difference = f'{b["value"] - a["value"]:+.3f}' if known else ''
+    return [title, figure(a), figure(b), Td(Strong(difference)) if apart else Td(difference, cls='dim')]
 
 
 def came(
@@ -61,7 +62,7 @@ def came(
     rows = {name: (dig(one, path), dig(other, path)) for path, name in MEASURES.items()}
     rows |= {f'sensitivity to {c}': tuple(dig(e, f'per_class.{c}.sensitivity') for e in (one, other)) for c in classes}
     cells = [row_of(title, *pair, same) for title, pair in rows.items() if any(pair)]
-    note = 'Both judged the same test pictures. A difference is bold green where the two intervals do not overlap.' if same else \
+    note = 'Both judged the same test pictures. A difference is bold where the two intervals do not overlap.' if same else \
         Span('The two runs judged different test pictures, so no difference is given.', cls='fail')
     return Section(H2('On the test split'), table(['', *names, 'difference'], cells), P(Small(note))),
 
