@@ -29,6 +29,7 @@ def said(notebook):
     return texts
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CODE])
 def test_the_guide_runs(name, request, tmp_path, monkeypatch):
     committed = nbformat.read(GUIDES[name], as_version=4)
