@@ -25,6 +25,8 @@ def test_the_wheel_carries_settings_notebooks_and_definitions(tmp_path):
     project.env["PYTHONPATH"] = str(tmp_path / "site")
     settings = project.cli("settings")
     assert settings.returncode == 0 and "train.epochs" in settings.stdout, settings.stderr
+    cost = project.cli("cost", "endpoint")  # from the prices that are bundled
+    assert cost.returncode == 0 and "ml.c5.large" in cost.stdout, cost.stderr
     where = "import skin_lesion.settings as s; print(s.project_root())"
     found = subprocess.run([sys.executable, "-c", where], env=project.env, cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.strip() == str(tmp_path / "site/skin_lesion/project")

@@ -53,7 +53,7 @@ def pictures_of_list(
     "The pictures that a list names. Raises `ValueError` for a file that is no list."
     file = Path(file)
     try:
-        text = file.read_text(encoding='utf-8')
+        text = file.read_text(encoding='utf-8-sig')  # a spreadsheet begins its CSV with a mark
         read = _manifest if file.suffix in ('.json', '.manifest') else _csv_paths if file.suffix == '.csv' else None
         named = read(text, file) if read else [(line.strip(), line.strip()) for line in text.splitlines() if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
