@@ -19,7 +19,7 @@ from .duplicates import similarity
 __all__ = ['AUTHORITY', 'image_key', 'join_lesions', 'merge_tables', 'read_datasets', 'drop_copies']
 
 # %% ../../nbs/data/01a_combine.ipynb #c0b10006
-AUTHORITY = ('isic2019', 'bcn20000', 'ham10000', 'sample')
+AUTHORITY = ('own', 'isic2019', 'bcn20000', 'ham10000', 'sample')
 
 
 def image_key(
