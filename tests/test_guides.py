@@ -13,7 +13,7 @@ GUIDES = {p.stem: p for p in sorted((ROOT / "nbs" / "guides").glob("*.ipynb"))}
 CODE = [n for n, p in GUIDES.items() if '"cell_type": "code"' in p.read_text()]
 QUICK = {"own_data", "read_report"}  # seconds; none of them trains, serves or compiles
 # the outputs of these are the same each time but for numbers and paths
-SAME = {"extend", "notebook_jobs", "own_data", "sagemaker", "studio", "troubleshooting"}
+SAME = {"extend", "notebook_jobs", "own_data", "sagemaker", "security", "studio", "troubleshooting"}
 
 
 def said(notebook):
