@@ -103,6 +103,13 @@ def wiring(settings) -> SimpleNamespace:
     input_data = ParameterString("InputData", f"s3://{bucket}/raw/sample")
     champion_data = ParameterString("ChampionData", f"s3://{bucket}/champion/{group}")
     unknown_data = ParameterString("UnknownData", f"s3://{bucket}/raw/unknown")
+    # The data set `captured` has two more inputs, so it is another definition.
+    captured = {}
+    if "captured" in settings["data.dataset"].value.split(","):
+        endpoint, place = settings["serving.endpoint"].value, settings["serving.capture"].value
+        place = place if place.startswith("s3://") else f"s3://{bucket}/capture"
+        captured["captures"] = ParameterString("CaptureData", f"{place}/{endpoint}")
+        captured["labels"] = ParameterString("LabelsData", f"s3://{bucket}/labels/{endpoint}")
     image = ParameterString("ImageUri", aws["image_uri"])
     processing_instance = ParameterString("ProcessingInstance", aws["processing_instance"])
     training_instance = ParameterString("TrainingInstance", aws["training_instance"])
@@ -181,12 +188,16 @@ def wiring(settings) -> SimpleNamespace:
         """The steps that make the shards, `prepare` last. With several hosts each of them decodes its own part of the
         files first: they join through S3, because the hosts of a Processing job that is isolated cannot speak."""
         raw, steps = input_data, []
+        if captured and aws["prepare_instances"] > 1:
+            raise ValueError("Captured pictures are decoded by one host: set aws.prepare_instances = 1.")
         if (hosts := aws["prepare_instances"]) > 1:
             size = {"image_size": section("data")["image_size"]}
             steps = [processing("decode", {"raw": raw}, ["decoded"], size, hours=6, instances=hosts)]
             raw = output(steps[0], "decoded")
         outputs = ["train", "validation", "test", "table"]
-        return [*steps, processing("prepare", {"raw": raw}, outputs, section("data"), hours=6)]
+        # SageMaker's cache key knows addresses and not what lies there: more is captured at the same address
+        cache = {"cache_config": None} if captured else {}
+        return [*steps, processing("prepare", {"raw": raw} | captured, outputs, section("data"), hours=6, **cache)]
 
     def channels(prepare):
         return [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
@@ -258,7 +269,16 @@ def wiring(settings) -> SimpleNamespace:
         aws=aws,
         volume_key=volume_key,
         parameter=parameter,
-        places=[input_data, champion_data, unknown_data, image, role, processing_instance, training_instance],
+        places=[
+            input_data,
+            *captured.values(),
+            champion_data,
+            unknown_data,
+            image,
+            role,
+            processing_instance,
+            training_instance,
+        ],
         image=image,
         champion=champion_data,
         role=role,
