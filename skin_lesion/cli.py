@@ -520,13 +520,15 @@ def watch(capture, labels, minutes, data_dir, pairs):
     The guards of section retrain see to it that an alarm that lasts does not train twice."""
     from skin_lesion.execution.retrain import stopped_by_signals
     from skin_lesion.execution.retrain import watch as watch_here
+    from skin_lesion.settings import pipeline_settings
     loaded = load_settings(_overrides(pairs))
     command = [sys.executable, '-c', 'from skin_lesion.cli import main; main()']
-    settings_ = [word for pair in pairs for word in ('--set', pair)]
+    others = {name for name in pipeline_settings(loaded) if not name.startswith('monitoring.')}  # which the monitor has no use for, and refuses
+    words = lambda pairs: [word for pair in pairs for word in ('--set', pair)]
     known = lambda: ['--labels', str(labels)] if labels and labels.exists() else []
-    monitor = lambda: [*command, 'monitor', '--capture', str(capture), *known(), *settings_]
-    retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *settings_, *(['--data-dir', data_dir] if data_dir else [])]
-    rounds = watch_here(monitor, Path(loaded['local.runs'].value)/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
+    monitor = lambda: [*command, 'monitor', '--capture', str(capture), *known(), *words(pair for pair in pairs if pair.split('=')[0] not in others)]
+    retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *words(pairs), *(['--data-dir', data_dir] if data_dir else [])]
+    rounds = watch_here(monitor, Path(loaded['local.runs'].value)/'monitoring'/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
     click.echo(f'stopped after {rounds} rounds')
 
 # %% ../nbs/90_cli.ipynb #5f19f20b
