@@ -122,7 +122,7 @@ def watched(project, until, *words, seconds=280):
     lines = []
     for line in watching.stdout:
         lines.append(line)
-        if until in line:
+        if until in line or "no reason to retrain" in line:
             watching.send_signal(signal.SIGTERM)
     timer.cancel()
     assert watching.wait(30) == 0 and any(until in line for line in lines), "".join(lines)[-3000:]
@@ -159,7 +159,7 @@ def test_watch_retrains_on_what_a_server_captured_and_the_frozen_test_stays(proj
     for folder, lesions, seed in (("raw/sample", 150, 1), ("clinic", 60, 2)):
         made = project.cli("data", "sample", "--out", folder, "--lesions", lesions, "--seed", seed)
         assert made.returncode == 0, made.stderr
-    done = project.cli(*project.tiny_run("--data-dir", "raw/sample", *sample[:2]))
+    done = project.cli(*project.tiny_run("--data-dir", "raw/sample", *sample[:2], data__image_size="64"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert project.cli("approve", "1", "--reason", "first").returncode == 0
     frozen = json.loads((project.work / "runs" / "latest" / "split_proof.json").read_text())
@@ -168,7 +168,7 @@ def test_watch_retrains_on_what_a_server_captured_and_the_frozen_test_stays(proj
         send = ("simulate", server.url, "clinic", "--rate", "25", "--seconds", "10", "--drift", "blur")
         sent = project.cli(*send, "--dataset", "sample", "--labels", "labels.jsonl")
         assert sent.returncode == 0 and "200: 250" in sent.stdout, sent.stdout + sent.stderr
-    pairs = TINY | OPEN | {"data.dataset": "sample,captured"}
+    pairs = TINY | OPEN | {"data.dataset": "sample,captured", "data.image_size": "64"}
     places = ("--capture", "captured", "--labels", "labels.jsonl", "--data-dir", "raw")
     words = [*places, *sample, *(f"--set={name}={value}" for name, value in pairs.items())]
     lines = watched(project, "Version 2 ", *words, seconds=600)
