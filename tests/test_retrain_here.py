@@ -180,5 +180,5 @@ def test_watch_retrains_on_what_a_server_captured_and_the_frozen_test_stays(proj
     for part in ("validation", "test"):
         assert again["sha256"][part] == frozen["sha256"][part], part
     assert again["images"]["train"] > frozen["images"]["train"] and set(again["shared"].values()) == {0}
-    model = json.loads((project.work / "runs" / "latest" / "model.json").read_text())
-    assert model["dataset"] == "sample,captured" and model["synthetic"]
+    evaluation = json.loads((project.work / "runs" / "latest" / "evaluation.json").read_text())
+    assert evaluation["model"]["dataset"] == "sample,captured" and evaluation["synthetic"]
