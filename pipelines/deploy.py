@@ -12,13 +12,13 @@ from .training import wiring
 def build(settings) -> Pipeline:
     """The pipeline `skin-lesion-deploy`. The settings of serving and of the account are settled here; the job gets them as
     the variables that override settings.ini anywhere."""
-    wired = wiring(settings)
+    wired = wiring(settings, "deploy_role_arn")
     place = ParameterString("DeployPlace", "sagemaker", enum_values=["local", "sagemaker"])
     text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
     environment = {
         "SKIN_LESION_" + name.upper().replace(".", "_"): text(s.value)
         for name, s in settings.items()
-        if name.split(".")[0] in ("serving", "aws") and s.value != ""
+        if name.split(".")[0] in ("serving", "aws") and name != "aws.budget"
     }
     deploy = wired.processing(
         "deploy",

@@ -14,7 +14,7 @@ from .training import setting_parameter, wiring
 
 def build(settings) -> Pipeline:
     """The pipeline `skin-lesion-monitoring` with the defaults of `settings` (section.key to `Setting`)."""
-    wired = wiring(settings)
+    wired = wiring(settings, "monitor_role_arn")
     bucket, endpoint = wired.aws["bucket"], settings["serving.endpoint"].value
     parameter = {
         name.removeprefix("monitoring."): setting_parameter(name, s.value)
@@ -22,7 +22,7 @@ def build(settings) -> Pipeline:
         if name.startswith("monitoring.")
     }
     inputs = {
-        "capture": ParameterString("CaptureData", f"s3://{bucket}/capture/{endpoint}"),
+        "capture": ParameterString("CaptureData", wired.captures),
         "package": ParameterString(
             "PackageData", f"s3://{bucket}/champion/{wired.aws['model_package_group']}/model.tar.gz"
         ),

@@ -42,7 +42,7 @@ def build(settings) -> Pipeline:
     environment = {
         "SKIN_LESION_" + name.upper().replace(".", "_"): text(s.value)
         for name, s in settings.items()
-        if name.split(".")[0] in SECTIONS and s.value != ""
+        if name.split(".")[0] in SECTIONS and name != "aws.budget"
     }
     retrain = UploadedNotebook(
         name="retrain",

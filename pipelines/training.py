@@ -84,9 +84,10 @@ def output(step, name):
     return step.properties.ProcessingOutputConfig.Outputs[name].S3Output.S3Uri
 
 
-def wiring(settings) -> SimpleNamespace:
+def wiring(settings, role="role_arn") -> SimpleNamespace:
     """What the pipelines share, with the defaults of `settings` (section.key to `Setting`): parameters, and the jobs as
-    functions. A step that is there several times runs the notebook `notebook` under a name of its own."""
+    functions. The jobs run under the role of setting aws.`role`. A step that is there several times runs the notebook
+    `notebook` under a name of its own."""
     aws = {name.removeprefix("aws."): s.value for name, s in settings.items() if name.startswith("aws.")}
     bucket, group, key = aws["bucket"], aws["model_package_group"], aws["kms_key"]
     subnets, security_groups = aws["subnets"].split(","), aws["security_groups"].split(",")
@@ -113,9 +114,11 @@ def wiring(settings) -> SimpleNamespace:
     image = ParameterString("ImageUri", aws["image_uri"])
     processing_instance = ParameterString("ProcessingInstance", aws["processing_instance"])
     training_instance = ParameterString("TrainingInstance", aws["training_instance"])
-    role = ParameterString("RoleArn", aws["role_arn"])
+    role = ParameterString("RoleArn", aws[role])
     session = PipelineSession(default_bucket=bucket)
     session._default_bucket = bucket  # otherwise the SDK asks S3 whether the bucket is there
+    captured = settings["serving.capture"].value
+    captures = captured if captured.startswith("s3://") else f"s3://{bucket}/capture"
     tags = [{"Key": "project", "Value": "skin-lesion"}, {"Key": "cost-center", "Value": "skin-lesion"}]
 
     def section(name):
@@ -134,9 +137,9 @@ def wiring(settings) -> SimpleNamespace:
         notebook=None,
         instances=1,
         isolated=True,
+        environment=None,
         **options,
     ):
-        environment = options.pop("environment", None)
         processor = Processor(
             role=role,
             image_uri=image,
@@ -281,6 +284,7 @@ def wiring(settings) -> SimpleNamespace:
         ],
         image=image,
         champion=champion_data,
+        captures=f"{captures}/{settings['serving.endpoint'].value}",
         role=role,
         session=session,
         tags=tags,

@@ -10,10 +10,10 @@ from .training import wiring
 
 def build(settings) -> Pipeline:
     """The pipeline `skin-lesion-window` with the defaults of `settings` (section.key to `Setting`)."""
-    wired = wiring(settings)
+    wired = wiring(settings, "monitor_role_arn")
     bucket = wired.aws["bucket"]
     challenger = ParameterString("ChallengerData", f"s3://{bucket}/challenger")
-    captures = ParameterString("CaptureData", f"s3://{bucket}/capture/{settings['serving.endpoint'].value}")
+    captures = ParameterString("CaptureData", wired.captures)
     labels = ParameterString("LabelsData", f"s3://{bucket}/labels/{settings['serving.endpoint'].value}")
     inputs = {"challenger": challenger, "champion": wired.champion, "captures": captures, "labels": labels}
     window = wired.processing("window", inputs, ["comparison"], {}, hours=2, cache_config=None)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
            'data_sample', 'data_unknown', 'data_download', 'data_captured', 'data_upload', 'data_duplicates',
-           'data_features', 'compile_', 'run_', 'search', 'runs', 'step', 'models', 'approve', 'predict', 'batch',
-           'deploy', 'teardown', 'serve', 'retrain', 'watch', 'schedule', 'simulate', 'monitor']
+           'data_features', 'compile_', 'run_', 'search', 'runs', 'report', 'step', 'doctor', 'cost', 'models',
+           'approve', 'predict', 'batch', 'deploy', 'teardown', 'serve', 'retrain', 'watch', 'schedule', 'simulate',
+           'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -272,7 +273,8 @@ def compile_(pipeline, out, pairs):
 @click.option('--allow-missing', is_flag=True, help='Go on although files that the tables name are not there.')
 @set_option
 @click.option('--resume', is_flag=False, flag_value='latest', metavar='[RUN]', help='Continue a run that did not end; the latest one, or RUN.')
-def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, resume):
+@click.option('--over-budget', is_flag=True, help='On SageMaker, start although more is expected to be spent than setting aws.budget.')
+def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, resume, over_budget):
     "Runs PIPELINE from its compiled definition, here or on SageMaker."
     overrides = _overrides(pairs)
     if dataset: overrides['data.dataset'] = dataset
@@ -287,7 +289,12 @@ def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, 
         for option, given in {'--data-dir': address, '--unknown-dir': unknown_dir}.items():
             if given and not given.startswith('s3://'): raise click.UsageError(f'{option} {given} must be an s3:// address with --on sagemaker.')
         places = {'InputData': address} | ({'UnknownData': unknown_dir} if unknown_dir else {})
-        status = sagemaker.run(compile_pipeline(pipeline, loaded), pipeline, places, loaded)
+        text = compile_pipeline(pipeline, loaded)
+        if not over_budget:
+            from skin_lesion.cloud.cost import estimate, refuse_over_budget
+            lines, _ = estimate(pipeline, loaded, json.loads(text))
+            refuse_over_budget(f'A run of {pipeline}', lines, loaded['aws.budget'].value)
+        status = sagemaker.run(text, pipeline, places, loaded)
         sys.exit(0 if status == 'Succeeded' else 1)
     from skin_lesion.execution.local import run_locally
     sys.exit(run_locally(pipeline, loaded, data_dir, resume, unknown_dir))
@@ -314,6 +321,21 @@ def runs(as_json):
     if not found: click.echo('No runs yet. Start one with: skin-lesion run training')
 
 
+@main.command()
+@click.argument('run_id', metavar='[RUN]', default='latest')
+@click.argument('other', required=False)
+@click.option('--open', 'show', is_flag=True, help='Open it in the browser.')
+def report(run_id, other, show):
+    "Writes the report of RUN anew, or a page of RUN beside OTHER, and says where it lies."
+    from skin_lesion.execution.compare import write_comparison
+    from skin_lesion.execution.report import write_report
+    from skin_lesion.execution.runs import find_run
+    found = [find_run(Path(load_settings()['local.runs'].value), name) for name in (run_id, other) if name]
+    page = write_comparison(*found) if other else write_report(*found)
+    click.echo(page)
+    if show: click.launch(str(page))
+
+
 @main.command(context_settings={'ignore_unknown_options': True, 'help_option_names': []})
 @click.argument('name')
 @click.argument('arguments', nargs=-1, type=click.UNPROCESSED)
@@ -321,6 +343,46 @@ def step(name, arguments):
     "Executes the step notebook NAME as a job does: the containers' entrypoint. Parameters are given as --name value."
     from skin_lesion.execution.step import run_step
     sys.exit(run_step(name, list(arguments)))
+
+# %% ../nbs/90_cli.ipynb #4219629a
+@main.command()
+@click.option('--json', 'as_json', is_flag=True, help='As JSON.')
+@set_option
+def doctor(as_json, pairs):
+    """Whether the account has what the settings name, and what to do about what it lacks: credentials, region, roles,
+    key, buckets, network, images, registry, quotas, and definitions as they are compiled, committed and deployed.
+
+    Exit code 0 when all is well, 1 otherwise."""
+    from skin_lesion.cloud.doctor import doctor as look
+    found = []
+    for line in look(load_settings(_overrides(pairs))):
+        found.append(line)
+        if not as_json: click.echo(f'{line.state:11} {line.name}: {line.value}' + (f' -> {line.advice}' if line.advice else ''))
+    if as_json: click.echo(json.dumps([line._asdict() for line in found], indent=1))
+    sys.exit(0 if all(line.state == 'ok' for line in found) else 1)
+
+
+@main.command()
+@click.argument('what', metavar='[PIPELINE|endpoint|month]', required=False)
+@click.option('--refresh', is_flag=True, help="Ask AWS for the prices of the settings' region first, and keep them beside the runs.")
+@click.option('--json', 'as_json', is_flag=True, help='As JSON.')
+@set_option
+def cost(what, refresh, as_json, pairs):
+    """What a run of PIPELINE, a month of the endpoint, or a month of everything will cost: an estimate, from the compiled
+    definition, past runs and a table of prices. `month` with credentials also names what is idle or without tags.
+
+    Exit code 1 when more is expected than setting aws.budget."""
+    from skin_lesion.cloud import cost as module
+    loaded = load_settings(_overrides(pairs))
+    if not (what or refresh): raise click.UsageError('Name a pipeline, endpoint or month; or --refresh.')
+    if refresh: click.echo(f"AWS's prices are in {module.refresh_prices(loaded)}", err=True)
+    if not what: return
+    (lines, notes), budget = module.estimate(what, loaded), loaded['aws.budget'].value
+    if as_json:
+        expected, most = module.total(lines)
+        click.echo(json.dumps({'lines': [line._asdict() for line in lines], 'expected': expected, 'most': most, 'budget': budget, 'notes': notes}, indent=1))
+    else: click.echo('\n'.join(module.table(lines, notes, budget)))
+    module.refuse_over_budget({'endpoint': 'A month of the endpoint', 'month': 'A month'}.get(what, f'A run of {what}'), lines, budget)
 
 # %% ../nbs/90_cli.ipynb #7fe57f4d
 @main.command()
@@ -382,11 +444,12 @@ def predict(model, images, out, prevalence):
 @click.option('--prevalence', type=click.Choice(['equal', 'dataset']), default='equal', show_default=True,
               help='Class shares that the probabilities assume, as in `predict`.')
 def batch(model, source, output, prevalence):
-    """Probabilities of all pictures of INPUT by MODEL, in order and in bounded memory: a long `predict`.
+    """The whole answers of MODEL about all pictures of INPUT, decisions and doubts included, in order and in bounded memory.
 
     INPUT is a folder, an s3:// prefix, or a list: a text file with a path a line, a .csv with a column `path`, or a SageMaker
-    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A picture that
-    cannot be used has its reason in `refused`. After an interruption the same command goes on where it was."""
+    manifest (.json, .manifest); a list may name s3:// addresses. OUTPUT ends with .csv, .jsonl or .parquet. A decision is
+    a diagnosis, or `abstain` for the doubts in `reasons`; a picture that cannot be used has its reason in `refused`. After an
+    interruption the same command goes on where it was."""
     from skin_lesion.cloud.upload import list_objects, read_object
     from skin_lesion.serving.batch import batch as run_batch
     from skin_lesion.serving.batch import ENDINGS, file_content, pictures_in, pictures_of_list
@@ -405,13 +468,18 @@ def batch(model, source, output, prevalence):
 @click.argument('version', type=int, required=False)
 @click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
 @click.option('--port', default=0, help='Of a local server; a free one when left out.')
+@click.option('--all', 'everything', is_flag=True, help='On SageMaker: first build and push images that ECR lacks, and create or update the pipelines.')
 @set_option
-def deploy(version, place, port, pairs):
+def deploy(version, place, port, everything, pairs):
     """Deploys the approved VERSION, or the newest approved one, as the endpoint of setting serving.endpoint.
 
     It must answer smoke pictures first. A second time it replaces what is there, and goes back to that if it fails."""
     loaded = load_settings(_overrides(pairs))
+    if everything and place == 'local': raise click.UsageError('--all is for --on sagemaker: here are no images and no pipelines to put anywhere.')
     if place == 'sagemaker':
+        if everything:
+            from skin_lesion.cloud.release import release
+            release(loaded, click.echo)
         from skin_lesion.cloud.endpoint import deploy as deploy_endpoint
         return deploy_endpoint(loaded, version, echo=click.echo)
     from skin_lesion.cloud.deploy import approved, deploy_locally

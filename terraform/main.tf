@@ -88,6 +88,7 @@ module "sagemaker" {
   roles               = module.roles.arns
   images              = { for image, url in module.registry.urls : image => "${url}:${var.image_tag}" }
   model_package_group = var.model_package_group
+  endpoint_name       = var.endpoint_name
   definitions         = local.definitions
   users               = var.users
 }

@@ -1,16 +1,27 @@
 output "settings" {
-  description = "Section [aws] of settings.ini: the values of this account. `terraform output -raw settings` prints them."
+  description = "The values of this account as a settings.ini. `terraform output -raw settings` prints them."
   value       = <<-EOT
     [aws]
     region = ${var.region}
     bucket = ${module.storage.names.processed}
     role_arn = ${module.roles.arns.pipeline}
+    serving_role_arn = ${module.roles.arns.serving}
+    deploy_role_arn = ${module.roles.arns.deploy}
+    monitor_role_arn = ${module.roles.arns.monitor}
     image_uri = ${module.registry.urls.steps}:${var.image_tag}
     serving_image_uri = ${module.registry.urls.serve}:${var.image_tag}
     kms_key = ${module.keys.data_alias}
     subnets = ${join(",", module.network.subnet_ids)}
     security_groups = ${module.network.security_group_id}
     model_package_group = ${var.model_package_group}
+    budget = ${var.monthly_budget_usd}
+
+    [serving]
+    endpoint = ${var.endpoint_name}
+    capture = s3://${module.storage.names.capture}
+
+    [retrain]
+    labels = s3://${module.storage.names.processed}/labels/${var.endpoint_name}
   EOT
 }
 

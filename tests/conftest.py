@@ -1,5 +1,6 @@
 """What the tests share: a copy of the project that they may edit, the real pictures, and one small run of the pipeline."""
 
+import functools
 import json
 import os
 import platform
@@ -10,9 +11,12 @@ import threading
 import time
 from pathlib import Path
 
+import botocore.session
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as the step runner sets it
+# AWS's models of its services are read once, not for each of the many clients
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"

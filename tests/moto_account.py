@@ -16,6 +16,7 @@ from moto.sagemaker.exceptions import ResourceNotFound
 from moto.sagemaker.models import SageMakerModelBackend
 from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
+from moto.servicequotas.responses import ServiceQuotasResponse
 from moto.stepfunctions.responses import StepFunctionResponse
 
 
@@ -127,7 +128,7 @@ def fill_sagemaker():
 
 
 def fill_others():
-    """Whom a budget tells, tags of budgets and of scalable targets, and questions about state machines."""
+    """Whom a budget tells, tags of budgets and of scalable targets, questions about state machines, and quotas."""
 
     def describe_subscribers_for_notification(self):
         budget = self.backend.budgets[self._get_param("AccountId")][self._get_param("BudgetName")]
@@ -146,6 +147,12 @@ def fill_others():
     )
     StepFunctionResponse.list_state_machine_versions = lambda self: ActionResult({"stateMachineVersions": []})
     ApplicationAutoScalingResponse.list_tags_for_resource = lambda self: json.dumps({"Tags": {}})
+    uses = ("processing job", "training job", "spot training job", "endpoint")
+    quotas = [f"{name} for {use} usage" for name in ("ml.m5.xlarge", "ml.g5.xlarge", "ml.c5.large") for use in uses]
+    ServiceQuotasResponse.list_service_quotas = lambda self: json.dumps({"Quotas": []})
+    ServiceQuotasResponse.list_aws_default_service_quotas = lambda self: json.dumps(
+        {"Quotas": [{"QuotaName": q, "QuotaCode": f"L-{n:08}", "Value": 8.0} for n, q in enumerate(quotas)]}
+    )
 
 
 def main(port: int):

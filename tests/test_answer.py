@@ -68,29 +68,35 @@ def noise(colour=(170, 130, 110)):
 def by_training_code(network, files):
     """What the trained weights say, by torch and SciPy alone."""
     with torch.no_grad():
-        logits = np.concatenate([network(torch.from_numpy(load_square(f, 128)[None])).numpy() for f in files])
+        squares = torch.from_numpy(np.stack([load_square(f, 128) for f in files]))
+        logits = np.concatenate([network(part).numpy() for part in squares.split(32)])
     return softmax(logits.astype(np.float64) / TEMPERATURE - np.log(SHARES), axis=1)
 
 
-def agree(package, network, files):
+@pytest.fixture(scope="module")
+def server(package):
+    with Served(package) as server:
+        yield server
+
+
+def agree(package, network, server, files):
     expected = by_training_code(network, files)
     predicted = Predictor(package).predict_files(files)[1]
     answered = [list(a["probabilities"].values()) for a in Answerer(package).answer_files(files)]
-    with Served(package) as server:
-        ask = lambda file: requests.post(
-            server.url + "/invocations", file.read_bytes(), headers={"Content-Type": "image/jpeg"}
-        ).json()
-        served = [list(ask(file)["predictions"][0]["probabilities"].values()) for file in files]
+    ask = lambda file: requests.post(
+        server.url + "/invocations", file.read_bytes(), headers={"Content-Type": "image/jpeg"}
+    ).json()
+    served = [list(ask(file)["predictions"][0]["probabilities"].values()) for file in files]
     for found in (predicted, answered, served):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_training_predict_and_server_agree(package, network, drawn):
-    agree(package, network, drawn)
+def test_training_predict_and_server_agree(package, network, server, drawn):
+    agree(package, network, server, drawn)
 
 
-def test_they_agree_on_two_hundred_real_pictures(package, network, shared_data):
-    agree(package, network, sorted((shared_data / "ham10000").glob("*/*.jpg"))[::50][:200])
+def test_they_agree_on_two_hundred_real_pictures(package, network, server, shared_data):
+    agree(package, network, server, sorted((shared_data / "ham10000").glob("*/*.jpg"))[::50][:200])
 
 
 def test_the_answer_is_complete(package, drawn):

@@ -16,6 +16,7 @@ from PIL import Image
 from skin_lesion.cli import main
 from skin_lesion.cloud.sagemaker import clients
 from skin_lesion.serving import batch as module
+from skin_lesion.serving.answer import Answerer
 from skin_lesion.serving.package import pack
 
 
@@ -58,6 +59,24 @@ def test_the_numbers_are_those_of_predict_and_no_picture_is_left_out(model, phot
         columns = list(expected.columns)
         np.testing.assert_allclose(kept[columns], expected.loc[kept.index], atol=1e-6)
         assert (kept[columns].idxmax(axis=1) == kept.diagnosis).all()
+
+
+def test_decisions_are_the_endpoints(model, photos, tmp_path):
+    Image.new("RGB", (120, 90), (5, 5, 5)).save(photos / "visit0" / "dark.jpg")
+    sharp = np.random.default_rng(1).integers(60, 220, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(sharp).resize((128, 96), Image.NEAREST).save(photos / "visit0" / "sharp.png")
+    (photos / "visit0" / "broken.jpg").unlink()
+    for ending in ("csv", "jsonl"):
+        assert run("batch", model, photos, tmp_path / f"out.{ending}")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    answers = Answerer(model).answer_files([photos / row["image"] for row in rows])
+    assert {row["decision"] == "abstain" for row in rows} == {True, False}
+    for row, answer in zip(rows, answers, strict=True):
+        assert row["reasons"] == [doubt["reason"] for doubt in answer["reasons"]]
+        for name in ("diagnosis", "decision", "probabilities", "prediction_set", "malignant", "unknown"):
+            assert row[name] == answer[name], name
+    table = pd.read_csv(tmp_path / "out.csv", index_col="image")
+    assert "too dark" in table.reasons["visit0/dark.jpg"] and table.decision["visit0/dark.jpg"] == "abstain"
 
 
 def test_lists_and_manifests_keep_their_order_and_their_words(model, photos, tmp_path):

@@ -18,8 +18,11 @@ from skin_lesion.data.duplicates import fingerprint, near_duplicates
 from skin_lesion.data.images import decode
 from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import split_table
+from skin_lesion.evaluation.calibration import at_prevalence
 from skin_lesion.execution.definition import local_path
 from skin_lesion.execution.engine import run
+from skin_lesion.serving.predictor import Predictor
+from skin_lesion.settings import load_settings
 from skin_lesion.training.imbalance import IMBALANCE, class_shares
 from skin_lesion.training.loop import Recipe, predict_logits, train
 from skin_lesion.training.models import Classifier, load_pretrained
@@ -86,6 +89,64 @@ def test_which_way_of_handling_imbalance_is_best(shared_data, tmp_path):
             figures["none, adjusted afterwards"] = round(float(after), 3)
     keep("imbalance", {"images": len(training), "pixels": 64, "epochs": 4, "validation_balanced_accuracy": figures})
     assert figures["none"] < min(figures[way] for way in IMBALANCE if way != "none")
+
+
+def compare_ways(runs, default):
+    """Runs by their way: how each did on the validation lesions of the first, beside the default on the same lesions, and on test."""
+    validation = Shards(
+        next((next(iter(runs.values())).parent / "s3").rglob(f"{next(iter(runs.values())).name}/**/validation"))
+    )
+    y = np.array([validation.classes.index(d) for d in validation.rows.diagnosis])
+    lesions = np.unique(validation.rows.lesion_id, return_inverse=True)[1]
+    rng = np.random.default_rng(1)
+    draws = [
+        np.bincount(rng.integers(0, lesions.max() + 1, lesions.max() + 1), minlength=lesions.max() + 1)[lesions]
+        for _ in range(1000)
+    ]
+    found, drawn = {}, {}
+    for way, folder in runs.items():
+        model, evaluation = Predictor(folder / "model.tar.gz"), json.loads((folder / "evaluation.json").read_text())
+        assert evaluation["validation"]["content_hash"] == validation.content_hash
+        p = model.probabilities(validation[:])
+        right = p.argmax(1) == y
+        loss = -np.log(at_prevalence(p, model.model["class_shares"])[np.arange(len(y)), y])
+        accuracy = lambda weights, right=right: float(
+            np.mean([np.average(right[y == k], weights=weights[y == k] + 1e-9) for k in range(7)])
+        )
+        drawn[way] = np.array([[accuracy(w), np.average(loss, weights=w)] for w in draws])
+        found[way] = {
+            "validation": {
+                "balanced_accuracy": round(accuracy(np.ones(len(y))), 3),
+                "log_loss": round(float(loss.mean()), 3),
+            }
+        }
+        found[way]["test"] = {
+            name: [round(evaluation[name][end], 3) for end in ("value", "low", "high")]
+            for name in ("balanced_accuracy", "melanoma_sensitivity", "log_loss")
+        }
+    for way in runs:
+        ends = np.quantile(drawn[way] - drawn[default], [0.025, 0.975], axis=0).round(3).tolist()
+        found[way]["validation"] |= dict(
+            zip(("balanced_accuracy_to_default", "log_loss_to_default"), map(list, zip(*ends)))
+        )
+    return found
+
+
+@pytest.mark.timeout(3 * 3600)
+def test_no_way_of_handling_imbalance_is_better_than_the_default_at_full_length(shared_data, tmp_path):
+    """Default runs on HAM10000 that differ in nothing else, judged on validation lesions; what they reach on test is kept, too."""
+    runs, default = {}, load_settings()["train.imbalance"].value
+    for way in IMBALANCE[1:]:
+        words = ["run", "training", "--dataset", "ham10000", "--data-dir", shared_data / "ham10000"]
+        command = [sys.executable, "-c", "from skin_lesion.cli import main; main()"]
+        subprocess.run([*command, *words, "--set", f"train.imbalance={way}"], check=True, cwd=tmp_path)
+        runs[way] = (tmp_path / "runs" / "latest").resolve()
+    figures = compare_ways(runs, default)
+    keep("imbalance_full", figures)
+    for found in figures.values():  # more than chance: the interval of the difference excludes zero
+        assert (
+            found["validation"]["balanced_accuracy_to_default"][0] <= 0 <= found["validation"]["log_loss_to_default"][1]
+        )
 
 
 @pytest.mark.timeout(5400)

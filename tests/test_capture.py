@@ -105,6 +105,28 @@ def test_a_place_that_hangs_costs_records_and_never_a_request(tmp_path):
     assert capture.lost + capture.written == 1000
 
 
+def test_what_waits_has_a_bound_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("skin_lesion.monitoring.capture.MAX_WAITING", 100_000)
+    (tmp_path / "kept").touch()
+    capture = Capture(str(tmp_path / "kept"), "e", max_seconds=0.1)
+    picture = record("image/png", bytes(20_000), [], {}, "p", AT)
+    for _ in range(20):
+        capture.put(lambda: picture, held=20_000)
+        time.sleep(0.02)
+    assert capture.lost >= 15  # not all 20, which are less than `limit`
+    (tmp_path / "kept").unlink()
+    end = time.monotonic() + 5
+    while not capture.written and time.monotonic() < end:
+        time.sleep(0.05)
+    capture.put(picture)
+    capture.close()
+    assert capture.lost + capture.written == 21 and 2 <= capture.written == len(lines(tmp_path))
+    huge = Capture(str(tmp_path / "huge"), "e")
+    huge.put(picture, held=200_000)  # alone it is taken, however large
+    huge.close()
+    assert huge.written == 1
+
+
 def test_a_place_that_comes_back_gets_what_waited(tmp_path):
     (tmp_path / "kept").touch()
     capture = Capture(str(tmp_path / "kept"), "e", max_seconds=0.2)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 import tarfile
@@ -129,6 +130,11 @@ def test_refusals_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="'Yes' is none of Approved"):
         approve(root, 1, "Yes")
     (tmp_path / "no.tar.gz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="is not a model package"):
+        register(tmp_path / "no.tar.gz", ARGUMENTS, root)
+    damaged = bytearray(package(tmp_path / "no.tar.gz", commit=random.Random(1).randbytes(20_000).hex()).read_bytes())
+    damaged[5000:5020] = b"\xff" * 20  # zlib's own error, which tarfile lets through
+    (tmp_path / "no.tar.gz").write_bytes(damaged)
     with pytest.raises(ValueError, match="is not a model package"):
         register(tmp_path / "no.tar.gz", ARGUMENTS, root)
     assert len(versions(root, GROUP)) == 1

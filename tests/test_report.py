@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -305,6 +306,32 @@ def test_notebook_is_rendered_again_only_when_it_is_newer(make_run):
     os.utime(run / "notebooks" / "10_prepare.ipynb", ns=(before + 1, before + 1))
     write_report(run)
     assert "Another title" in rendered.read_text()
+
+
+def test_two_runs_are_put_side_by_side(make_run, tmp_path):
+    """By the command: what was turned, the differences, and links to both reports; none for different test pictures."""
+    judged = evaluation() | {"test": {"content_hash": "ab12"}}
+    better = judged | {"balanced_accuracy": interval(0.95, 0.93, 0.97)}
+    for name, found, parameters in (("one", judged, {}), ("other", better, {"TrainEpochs": "40"})):
+        run = make_run("Succeeded", [PREPARE, TRAIN, EVALUATE], files={"evaluation.json": found}, parameters=parameters)
+        run.rename(tmp_path / name)
+    words = ["-c", "from skin_lesion.cli import main; main()", "report", "one", "other"]
+    command = [sys.executable, *words]
+    env = os.environ | {"SKIN_LESION_LOCAL_RUNS": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    path = Path(done.stdout.strip())
+    page = Page(path)
+    assert path.is_relative_to(tmp_path / "one") and not page.loads
+    assert "TrainEpochs" in page.text and "TrainImbalance" not in page.text and "same test pictures" in page.text
+    gained = 0.95 - judged["balanced_accuracy"]["value"]
+    assert f"{gained:+.3f}" in page.text
+    assert all((page.folder / link).exists() for link in page.links) and len(page.links) == 2
+    (tmp_path / "other" / "evaluation.json").write_text(json.dumps(better | {"test": {"content_hash": "cd34"}}))
+    subprocess.run(command, env=env, capture_output=True, check=True)
+    page = Page(path)
+    assert f"{gained:+.3f}" not in page.text and "different test pictures" in page.text
+    lost = subprocess.run([*command[:-1], "gone"], env=env, capture_output=True, text=True)
+    assert lost.returncode in (1, 2) and "There is no run 'gone'" in lost.stderr and "Traceback" not in lost.stderr
 
 
 def test_import_is_light():

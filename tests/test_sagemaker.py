@@ -1,6 +1,8 @@
-"""`--on sagemaker` against moto: the pipeline is there, an execution runs, its steps are followed, the champion is copied."""
+"""`--on sagemaker` against moto: the pipeline is there, an execution runs, its steps are followed, the champion is copied; and
+what `deploy --all` puts there before the endpoint."""
 
 import json
+import os
 from datetime import UTC, datetime
 
 import boto3
@@ -11,6 +13,7 @@ from moto.sagemaker.models import FakePipelineExecution
 from moto.sagemaker.responses import SageMakerResponse
 
 from skin_lesion.cli import main
+from skin_lesion.cloud import release
 from skin_lesion.cloud import sagemaker as on_sagemaker
 from skin_lesion.cloud.compile import each_step
 from skin_lesion.settings import load_settings, project_file
@@ -172,9 +175,111 @@ def test_the_command_line_runs_on_sagemaker_with_the_settings_of_the_moment(aws,
     assert refused.exit_code == 2 and "s3:// address" in refused.output
 
 
+def test_a_run_above_the_budget_is_not_started_unless_it_is_said(aws, listed_steps, monkeypatch):
+    monkeypatch.setattr(on_sagemaker.time, "sleep", lambda seconds: None)
+    words = ["run", "training", "--on", "sagemaker", "--set", "aws.budget=1"]
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 1 and "more than the budget of US$ 1 (setting aws.budget)" in refused.output
+    assert aws[0].list_pipelines()["PipelineSummaries"] == [] and not listed_steps
+    done = CliRunner().invoke(main, [*words, "--over-budget"])
+    assert done.exit_code == 0 and "execution        Succeeded" in done.output, done.output
+
+
 def test_a_spot_job_without_a_checkpoint_path_is_not_started(aws):
     unsafe = json.loads(TEXT)
     del next(s for s in unsafe["Steps"] if s["Name"] == "train")["Arguments"]["CheckpointConfig"]
     with pytest.raises(ValueError, match="not started: train: spot instances without a checkpoint path"):
         on_sagemaker.run(json.dumps(unsafe), "training", {}, load_settings(environ={}))
     assert aws[0].list_pipelines()["PipelineSummaries"] == []
+
+
+# ---- images and pipelines: deploy --all. The container tool is a script that writes down what it is told: pushing needs a
+# registry, and `make image-test` builds the images for real.
+
+REGISTRY = f"{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com"
+VALUES = {
+    f"aws.{key}": f"{REGISTRY}/skin-lesion-{name}:abc123"
+    for key, name in (("image_uri", "steps"), ("serving_image_uri", "serve"))
+}
+TOOL = """#!/bin/sh
+echo "$@" >> {log}
+case $1 in login) cat >> {log}; echo >> {log};; esac
+test "$1" != "$FAILS"
+"""
+
+
+@pytest.fixture
+def ecr(aws):
+    client = boto3.client("ecr", region_name="eu-west-1")
+    for name in ("steps", "serve"):
+        client.create_repository(repositoryName=f"skin-lesion-{name}")
+    return client
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    """`docker` on the path; gives the words it was called with, a line a call."""
+    log, script = tmp_path / "log", tmp_path / "bin" / "docker"
+    script.parent.mkdir()
+    script.write_text(TOOL.format(log=log))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    return lambda: log.read_text().splitlines() if log.exists() else []
+
+
+def put_image(ecr, name):
+    manifest = json.dumps({"mediaType": "application/vnd.oci.image.manifest.v1+json", "of": name})
+    ecr.put_image(repositoryName=f"skin-lesion-{name}", imageManifest=manifest, imageTag="abc123")
+
+
+def test_only_what_ecr_lacks_is_built_and_pushed(ecr, tool):
+    put_image(ecr, "serve")
+    lines = []
+    release.push_images(load_settings(VALUES, environ={}), lines.append)
+    login, password, build, push = tool()
+    assert login == f"login --username AWS --password-stdin {REGISTRY}" and password and "x" != password
+    dockerfile = project_file("pipelines", "images", "steps", "Dockerfile")
+    assert build.startswith(f"build -f {dockerfile} --build-arg COMMIT=") and build.endswith(
+        f"-t {VALUES['aws.image_uri']} ."
+    )
+    assert push == f"push {VALUES['aws.image_uri']}"
+    assert [line.split(":", 1)[1] for line in lines] == ["abc123 was built and pushed", "abc123 is there"]
+    assert ACCOUNT not in str(lines)
+
+
+def test_a_failed_build_pushes_nothing_and_names_the_command(ecr, tool, monkeypatch):
+    monkeypatch.setenv("FAILS", "build")
+    with pytest.raises(RuntimeError, match="`docker build` ended with 1"):
+        release.push_images(load_settings(VALUES, environ={}), print)
+    assert not any(line.startswith("push") for line in tool())
+
+
+def test_without_a_tool_or_for_a_digest_it_says_what_is_needed(ecr, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="aws.image_uri is not in ECR. Building it needs Docker or podman"):
+        release.push_images(load_settings(VALUES, environ={}), print)
+    digest = {"aws.image_uri": VALUES["aws.image_uri"].replace(":abc123", "@sha256:" + "0" * 64)}
+    with pytest.raises(ValueError, match="a digest cannot be built"):
+        release.push_images(load_settings(VALUES | digest, environ={}), print)
+
+
+def test_deploy_all_goes_in_order_and_leaves_alone_what_is_there(aws, ecr, monkeypatch, tmp_path):
+    """With one pipeline, because compiling all seven takes long; the endpoint then lacks an approved version."""
+    (tmp_path / "pipelines" / "definitions").mkdir(parents=True)
+    (tmp_path / "pipelines" / "definitions" / "window.json").touch()
+    monkeypatch.setattr(release, "project_file", lambda *parts: tmp_path.joinpath(*parts))
+    for name in ("steps", "serve"):
+        put_image(ecr, name)
+    sagemaker, _ = aws
+    sagemaker.create_model_package_group(ModelPackageGroupName="skin-lesion")
+    words = ["deploy", "--on", "sagemaker", "--all", *(w for k, v in VALUES.items() for w in ("--set", f"{k}={v}"))]
+    told = []
+    for more in ([], [], ["--set", "serving.endpoint=other"]):
+        done = CliRunner().invoke(main, [*words, *more])
+        assert done.exit_code == 1 and "No version of 'skin-lesion' is approved" in done.output, done.output
+        assert ACCOUNT not in done.output
+        told.append([line for line in done.output.splitlines() if line.startswith("skin-lesion-window")])
+    assert told == [[f"skin-lesion-window {what}"] for what in ("was created", "is as compiled", "was updated")]
+    stored = json.loads(sagemaker.describe_pipeline(PipelineName="skin-lesion-window")["PipelineDefinition"])
+    assert {p["Name"]: p["DefaultValue"] for p in stored["Parameters"]}["ImageUri"] == VALUES["aws.image_uri"]
+    assert CliRunner().invoke(main, ["deploy", "--all"]).exit_code == 2

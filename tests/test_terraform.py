@@ -18,7 +18,7 @@ from cfnlint.api import lint
 from cfnlint.decode import decode as decode_cfn
 from moto import mock_aws
 
-from skin_lesion.cloud.compile import unsafe_jobs, validate
+from skin_lesion.cloud.compile import compile_pipeline, unsafe_jobs, validate
 from skin_lesion.monitoring.windows import metric_lines
 from skin_lesion.settings import load_settings
 
@@ -72,8 +72,8 @@ def flattened(module):
 
 
 @pytest.fixture(scope="module")
-def resources(staged):
-    """All resources of staging, as `terraform test` made them; the test itself has passed."""
+def state(staged):
+    """Staging, as `terraform test` made it; the test itself has passed."""
     done = run("terraform", "test", "-json", "-verbose", cwd=staged)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     problems = [line["@message"] for line in lines if line["@level"] == "error"]
@@ -82,7 +82,12 @@ def resources(staged):
         "account",
         "refuses_bad_values",
     }
-    state = next(line["test_state"] for line in lines if line["type"] == "test_state")
+    return next(line["test_state"] for line in lines if line["type"] == "test_state")
+
+
+@pytest.fixture(scope="module")
+def resources(state):
+    """All its resources."""
     return [r for r in flattened(state["root_module"]) if r["mode"] == "managed"]
 
 
@@ -280,11 +285,22 @@ def test_pipelines_are_the_committed_definitions_in_this_account(resources):
 
 def test_the_output_names_the_settings_that_a_person_puts_in(staged):
     text = (staged / "outputs.tf").read_text()
-    named = set(re.findall(r"^    (\w+) = ", text, flags=re.M))
+    named = set(re.findall(r"^    (\w+) = ", text.split("[serving]")[0], flags=re.M))
     there = {name.removeprefix("aws.") for name in load_settings(environ={}) if name.startswith("aws.")}
-    of_the_account = {n for n in there if n not in ("volume_size",) and not re.search("instance", n)}
-    assert named >= of_the_account
-    assert named - there <= {"serving_image_uri"}  # a setting of the deployment
+    assert named == {n for n in there if n not in ("volume_size",) and not re.search("instance", n)}
+
+
+def test_what_is_applied_is_what_the_account_s_settings_compile(state, resources, tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text(state["outputs"]["settings"]["value"])
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(environ={})
+    assert settings["aws.deploy_role_arn"].value != settings["aws.role_arn"].value
+    applied = {
+        v["pipeline_name"]: v["pipeline_definition"] for v in of_type(resources, "aws_sagemaker_pipeline").values()
+    }
+    for name in ("deploy", "window", "notebook_jobs"):
+        there = json.loads(applied[f"skin-lesion-{name.replace('_', '-')}"])
+        assert there == json.loads(compile_pipeline(name, settings)), name
 
 
 def test_the_state_machine_calls_what_is_there(resources):
@@ -481,6 +497,31 @@ def left(url):
     }
 
 
+def the_doctor_finds_all_of_it(url, settings, folder):
+    """`skin-lesion doctor` in a folder with the settings of Terraform's output, once the images are pushed."""
+    (folder / "settings.ini").write_text(settings)
+    env = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url}
+    words = [sys.executable, "-c", "from skin_lesion.cli import main; main()", "doctor", "--json"]
+    look = lambda: subprocess.run(
+        words, cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    done = look()
+    lines = json.loads(done.stdout)
+    wrong = {line["name"] for line in lines if line["state"] != "ok"}
+    assert done.returncode == 1 and wrong == {"aws.image_uri", "aws.serving_image_uri"}, done.stdout
+    ecr = boto3.client(
+        "ecr", region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    for name in ("steps", "serve"):
+        manifest = json.dumps({"mediaType": "application/vnd.oci.image.manifest.v1+json", "of": name})
+        ecr.put_image(repositoryName=f"skin-lesion-{name}", imageManifest=manifest, imageTag="unset")
+    done = look()
+    assert done.returncode == 0, done.stdout
+    assert {f"pipeline skin-lesion-{name}" for name in ("training", "deploy", "notebook-jobs")} <= {
+        line["name"] for line in lines
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
@@ -500,6 +541,8 @@ def test_an_account_comes_up_and_goes_again_without_a_rest(staged, moto, tmp_pat
     assert len(there["buckets"]) == 6 and "skin-lesion-training" in there["pipelines"] and there["alarms"]
     said = run("terraform", "output", "-raw", "settings", cwd=folder).stdout
     assert "role_arn = arn:aws:iam::123456789012:role/skin-lesion-pipeline" in said
+    if environment == "dev":
+        the_doctor_finds_all_of_it(moto, said, tmp_path)
     done = run("terraform", "destroy", *words, cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     assert {kind: names for kind, names in left(moto).items() if names} == {}

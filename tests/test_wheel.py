@@ -21,6 +21,8 @@ def test_the_wheel_carries_settings_notebooks_and_definitions(tmp_path):
     project.env["PYTHONPATH"] = str(tmp_path / "site")
     settings = project.cli("settings")
     assert settings.returncode == 0 and "train.epochs" in settings.stdout, settings.stderr
+    cost = project.cli("cost", "endpoint")  # from the prices that are bundled
+    assert cost.returncode == 0 and "ml.c5.large" in cost.stdout, cost.stderr
     where = "import skin_lesion.settings as s; print(s.project_root())"
     found = subprocess.run([sys.executable, "-c", where], env=project.env, cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.strip() == str(tmp_path / "site/skin_lesion/project")
@@ -32,3 +34,11 @@ def test_the_wheel_carries_settings_notebooks_and_definitions(tmp_path):
     step = project.cli("step", "prepare")
     assert step.returncode == 0, step.stderr
     assert (root / "processing/output/table/split_proof.json").exists()
+
+
+def test_onnx_runtime_is_told_not_to_report_its_use():
+    """Before anything of the package can import it; what somebody has set stays."""
+    code = "import os, skin_lesion; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    for value, environ in (("1", {}), ("0", {"ORT_DISABLE_TELEMETRY": "0"})):
+        env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)} | environ
+        assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == value

@@ -57,7 +57,7 @@ def requests_for(
     if kind not in KINDS: raise ValueError(f'serving.kind = {kind!r} must be one of {", ".join(KINDS)}.')
     if not 1 <= serving['instances_min'] <= serving['instances_max']:
         raise ValueError(f'serving.instances_min = {serving["instances_min"]} must be at least 1 and at most instances_max = {serving["instances_max"]}.')
-    model = {'ExecutionRoleArn': aws['role_arn'], 'Tags': TAGS, 'PrimaryContainer': {
+    model = {'ExecutionRoleArn': aws['serving_role_arn'], 'Tags': TAGS, 'PrimaryContainer': {
         'Image': aws['serving_image_uri'], 'ModelDataUrl': data_url, 'Environment': _environment(settings)}}
     config = {'Tags': TAGS, 'ProductionVariants': [{'VariantName': VARIANT, **_variant(serving)}]}
     if kind != 'serverless':
@@ -155,7 +155,7 @@ def approved_package(
     if version is None: version = max((n for n, p in found.items() if p['ModelApprovalStatus'] == 'Approved'), default=None)
     if version not in found or found[version]['ModelApprovalStatus'] != 'Approved':
         states = ', '.join(f'{n} {p["ModelApprovalStatus"]}' for n, p in sorted(found.items())) or 'none'
-        raise ValueError(f'{"No version" if version is None else f"Version {version}"} of {group!r} is approved (there is: {states}). Approve it in the registry first.')
+        raise ValueError(f'{f"No version of {group!r} is approved" if version is None else f"Version {version} of {group!r} is not approved"} (there is: {states}). Approve one in the registry first.')
     package = sagemaker.describe_model_package(ModelPackageName=found[version]['ModelPackageArn'])
     return version, package['InferenceSpecification']['Containers'][0]['ModelDataUrl']
 
@@ -250,9 +250,10 @@ def deploy(
         try:
             _move(name, full, serving, aws, seconds, echo)
             probe(invoke_on(name, settings, aws), classes)
-        except RuntimeError as error:
+        except Exception as error:  # whatever went wrong, an answer of another form or a refusal of AWS
             _go_back(name, before, serving, aws, seconds, echo)
-            raise RuntimeError(f'Version {version} is not deployed. {error}') from error
+            if isinstance(error, (BotoCoreError, ClientError)): raise
+            raise RuntimeError(f'Version {version} is not deployed. {error if isinstance(error, RuntimeError) else repr(error)}') from error
         _remove_others(name, {full}, aws)
     echo(f'{name:20} answers with version {version}')
     return full

@@ -36,7 +36,7 @@ def read_package(
         with package.open('rb') as file: sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
         with tarfile.open(package, 'r:gz') as archive:
             for name in ('model.json', 'evaluation.json'): found[name] = json.load(archive.extractfile(name))
-    except (OSError, EOFError, KeyError, tarfile.TarError, json.JSONDecodeError) as error:
+    except Exception as error:  # of tarfile, gzip, zlib, json and the file system
         raise ValueError(f'{package} is not a model package ({error}). It must be a .tar.gz with model.json and '
                          'evaluation.json in it, as the step `register` makes.') from error
     provenance = found['model.json'].get('provenance', {})

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'ImageError', 'Picture', 'read_picture', 'decode', 'to_square', 'load_square',
-           'read_squares']
+           'read_ahead', 'read_squares']
 
 # %% ../../nbs/data/02_images.ipynb #0982d0d0
 FORMATS = ('JPEG', 'PNG', 'BMP')
@@ -158,25 +158,33 @@ def load_square(
     return to_square(decode(src, square=size), size)
 
 # %% ../../nbs/data/02_images.ipynb #d2e8f1a6
-def read_squares(
-    files: list,  # paths, or what `content` takes
-    size: int,  # S, pixels
+def read_ahead(
+    files: list,  # what `read` takes
+    read: Callable,  # gives a file's picture, or raises `ImageError`
     chunk: int = 64,  # pictures of a round; two rounds are held in memory
-    content: Callable | None = None,  # gives the bytes of one of `files`, or raises `ImageError`; None reads paths
-) -> Iterator[tuple[list, np.ndarray, list[str]]]:  # a chunk's readable files, their (n, S, S, 3) uint8, the reasons of the others
-    "The squares of picture files, in their order. A chunk is decoded while the caller works on the one before."
-    def read(file):
-        try: return load_square(content(file) if content else file, size)
+) -> Iterator[list[tuple]]:  # a chunk's files, each with its picture or the `ImageError`
+    "Pictures in their order. A chunk is decoded while the caller works on the one before."
+    def attempt(file):
+        try: return read(file)
         except ImageError as error: return error
     pool = ThreadPoolExecutor()
-    def begin(start): return [(file, pool.submit(read, file)) for file in files[start:start + chunk]]
+    def begin(start): return [(file, pool.submit(attempt, file)) for file in files[start:start + chunk]]
     try:
         ahead = begin(0)
         for start in range(0, len(files), chunk):
             these, ahead = ahead, begin(start + chunk)
-            found = [(file, future.result()) for file, future in these]
-            good = [(file, image) for file, image in found if not isinstance(image, ImageError)]
-            images = np.stack([image for _, image in good]) if good else np.zeros((0, size, size, 3), np.uint8)
-            yield [file for file, _ in good], images, [str(error) for _, error in found if isinstance(error, ImageError)]
+            yield [(file, future.result()) for file, future in these]
     finally: pool.shutdown(cancel_futures=True)
+
+
+def read_squares(
+    files: list[Path],
+    size: int,  # S, pixels
+    chunk: int = 64,  # pictures of a round; two rounds are held in memory
+) -> Iterator[tuple[list, np.ndarray, list[str]]]:  # a chunk's readable files, their (n, S, S, 3) uint8, the reasons of the others
+    "The squares of those files that can be read, chunk by chunk."
+    for found in read_ahead(files, lambda file: load_square(file, size), chunk):
+        good = [(file, image) for file, image in found if not isinstance(image, ImageError)]
+        images = np.stack([image for _, image in good]) if good else np.zeros((0, size, size, 3), np.uint8)
+        yield [file for file, _ in good], images, [str(error) for _, error in found if isinstance(error, ImageError)]
 

@@ -13,7 +13,8 @@ import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .runs import find_run, read_state
 from ..monitoring.retrain import ask, count_labels, ended, limits_of, reason_of, verdict
 
 # %% auto #0
-__all__ = ['MONITORED', 'record_here', 'begin', 'train', 'conclude', 'serve_promoted', 'watch', 'stopped_by_signals']
+__all__ = ['MONITORED', 'record_here', 'begin', 'on_record', 'train', 'conclude', 'serve_promoted', 'watch', 'stopped_by_signals']
 
 # %% ../../nbs/execution/10_retrain.ipynb #364d65d0
 def record_here(
@@ -45,6 +46,20 @@ def begin(
     return ask(record_here(settings), id, reason, limits_of(settings), count_labels(settings['retrain.labels'].value), force)
 
 # %% ../../nbs/execution/10_retrain.ipynb #c0478b96
+@contextmanager
+def on_record(
+    line: dict,      # of `begin`
+    settings: dict,
+) -> Iterator[None]:
+    "Puts what fails inside on the record. Raises `RuntimeError` for it; an interruption stays one."
+    try: yield
+    except BaseException as error:
+        says = f'The retraining failed, and the champion goes on serving. {error or type(error).__name__}'[:2000]
+        ended(record_here(settings), line['id'], 'failed', says)
+        if not isinstance(error, Exception): raise
+        raise RuntimeError(says) from error
+
+
 def train(
     line: dict,      # of `begin`
     settings: dict,
@@ -53,17 +68,12 @@ def train(
 ) -> Path:           # the run's folder
     "Runs the training pipeline. Captured pictures with a diagnosis are collected first, where the data set says so. Raises `RuntimeError` when it fails; the champion serves on."
     root = Path(settings['local.runs'].value)
-    try:
+    with on_record(line, settings):
         if captures and 'captured' in settings['data.dataset'].value.split(','):
             from skin_lesion.monitoring.collect import collect   # which `watch` needs not
             print('captured:', dict(collect(Path(captures), Path(settings['retrain.labels'].value), data_folder(settings['data.dataset'].value, data_dir)/'captured')))
         code = run_locally('training', settings, data_dir)
         if code: raise RuntimeError(read_state(find_run(root)).get('FailureReason', f'the pipeline ended with exit code {code}'))
-    except BaseException as error:
-        says = f'The retraining failed, and the champion goes on serving. {error or type(error).__name__}'[:2000]
-        ended(record_here(settings), line['id'], 'failed', says)
-        if not isinstance(error, (ValueError, RuntimeError)): raise
-        raise RuntimeError(says) from error
     return find_run(root)
 
 # %% ../../nbs/execution/10_retrain.ipynb #51705bbb

@@ -35,12 +35,12 @@ class Labelled(NamedTuple):
     events: np.ndarray  # (N,), ids of the requests
 
 
-def _sent(line: bytes, size: int) -> tuple[str, list, list]:
-    "The event's id, the pictures of a captured line and their names; none where the picture was not kept or cannot be used."
+def _sent(line: bytes, size: int, known: dict) -> tuple[str, list, list]:
+    "The event's id, the pictures of a captured line and their names; none where it has no label, or the picture was not kept or cannot be used."
     try:
         event, _, _, _ = read_line(line, datetime.max.replace(tzinfo=UTC))
         sent = json.loads(line)['captureData']['endpointInput']
-        if sent['encoding'] != 'BASE64': return event, [], []
+        if event not in known or sent['encoding'] != 'BASE64': return event, [], []   # most have no label: nothing is decoded
         body = base64.b64decode(sent['data'])
         pictures = [a.picture for a in parse(sent['observedContentType'], body, size).asked]
         return event, pictures, [captured_id(body, n) for n in range(len(pictures))]
@@ -60,7 +60,7 @@ def newest_labelled(
     paths = sorted(captures.rglob('*.jsonl'), key=lambda p: (p.parent.as_posix(), p.name), reverse=True)
     for line in (line for path in paths for line in reversed(path.read_bytes().splitlines())):
         if len(y) >= most: break
-        event, pictures, names = _sent(line, size)
+        event, pictures, names = _sent(line, size, known)
         if event in events: continue
         for picture, diagnosis, kept in zip(pictures, known.get(event, ()), held(pd.Series(names, dtype=str))):
             if picture is None or diagnosis < 0 or only_held and not kept: continue

@@ -24,7 +24,7 @@ MONITOR = 'skin-lesion.monitor'
 
 def _of_monitor(found: dict) -> dict | None:
     if found['quality']: return {'kind': 'quality', 'text': f'lower than the baseline: {", ".join(found["quality"])}'}
-    if not found['lasting']: return None
+    if not (found['lasting'] and found['aspects']): return None
     return {'kind': 'drift', 'text': 'drift that lasts: ' + ', '.join(f'{a["aspect"]} ({a["effect"]:.2f})' for a in found['aspects'])}
 
 
@@ -77,7 +77,9 @@ def guards(
     force: bool = False,  # a person insists
 ) -> list[dict]:          # guard, passed, says
     "The answer of each guard, with its numbers."
-    started, ended = ([line for line in history if line['event'] == event] for event in ('started', 'ended'))
+    started = [line for line in history if line['event'] == 'started']
+    begun = {line['id'] for line in started}   # a guard or a deployment that fails is on the record without one
+    ended = [line for line in history if line['event'] == 'ended' and line['id'] in begun]
     busy, month = running(history, limits, at), sum(_at(line).strftime('%Y%m') == at.strftime('%Y%m') for line in started)
     hours = (at - _at(ended[-1])).total_seconds()/3600 if ended else None
     fresh = labels - (started[-1]['labels'] if started else 0)

@@ -54,11 +54,12 @@ class Replayed(NamedTuple):
 
 def _send(url: str, file: Path, drift: str | None) -> tuple[str, str, str, float]:
     "Request id, picture, status and milliseconds."
-    event, began = f'simulated-{uuid.uuid4().hex}', time.perf_counter()
+    event, body = f'simulated-{uuid.uuid4().hex}', drifted(file, drift)
     kind = 'image/png' if drift is None and file.suffix.lower() == '.png' else 'image/jpeg'
     headers = {'Content-Type': kind, 'Accept': 'application/json', 'X-Request-Id': event}
+    began = time.perf_counter()   # the server's time, not that of changing the picture
     try:
-        with urllib.request.urlopen(urllib.request.Request(f'{url}/invocations', drifted(file, drift), headers), timeout=60) as answer:
+        with urllib.request.urlopen(urllib.request.Request(f'{url}/invocations', body, headers), timeout=60) as answer:
             answer.read()
             status = str(answer.status)
     except urllib.error.HTTPError as error: status = str(error.code)

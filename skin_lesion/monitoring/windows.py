@@ -105,14 +105,16 @@ def decide(
 def read_history(
     folder: Path,    # with drift.json of earlier runs somewhere below
     before: str,     # start of the first window of this run, ISO 8601
+    version: str,    # of the model
 ) -> list[dict]:     # start, end, alarm; oldest first
     "Windows that earlier runs decided. What is no drift.json of ours is left out."
     found = {}
     for path in sorted(folder.rglob('*.json')) if folder.is_dir() else []:
-        try: windows = json.loads(path.read_text())['windows']
+        try:
+            told = json.loads(path.read_text())
+            for w in told['windows'] if told['version'] == version else ():
+                if datetime.fromisoformat(w['end']) <= datetime.fromisoformat(before): found[w['start']] = {k: w[k] for k in ('start', 'end', 'alarm')}
         except (ValueError, KeyError, TypeError): continue
-        for w in windows:
-            if datetime.fromisoformat(w['end']) <= datetime.fromisoformat(before): found[w['start']] = {k: w[k] for k in ('start', 'end', 'alarm')}
     return [found[start] for start in sorted(found)]
 
 # %% ../../nbs/monitoring/07_windows.ipynb #38970007

@@ -65,14 +65,13 @@ def unpack(
                                        'No model package is that large; do not use this archive.')
                 with tar.extractfile(member) as source, (part/member.name).open('wb') as out:
                     shutil.copyfileobj(source, out)
+            tar.fileobj.read(2*tarfile.RECORDSIZE)  # to the end, where gzip compares its checksum
         part.chmod(0o755)
         os.replace(part, folder)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+    except PackageError: raise
+    except Exception as error:  # of tarfile, gzip, zlib and the file system
         raise PackageError(f'{archive} could not be unpacked into {folder}: {error}') from error
-    except PackageError:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    finally: shutil.rmtree(part, ignore_errors=True)  # nothing where it has become `folder`
     return folder
 
 # %% ../../nbs/serving/01_package.ipynb #75d01baf

@@ -32,6 +32,7 @@ class Graph:
         self.classes, self.image_size = self.model['classes'], self.model['image_size']
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry('session.intra_op.spin_duration_us', '20')
         self.session = onnxruntime.InferenceSession(str(self.folder/'model.onnx'), options, providers=[p for p in PROVIDERS if p in onnxruntime.get_available_providers()])
         self.outputs = {output.name: output.shape for output in self.session.get_outputs()}
         self._needed = onnxruntime.RunOptions()

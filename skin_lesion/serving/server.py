@@ -135,9 +135,13 @@ class Service:
         else: return web.json_response({'status': 'healthy', 'model': self.answerer.about})
         return web.json_response({'error': problem}, status=503)
 
-    async def numbers(self, request: web.Request) -> web.Response:
+    def gauge(self):
+        "Notes what stands at the moment, also for a neighbour that is asked for its `/metrics`."
         self.metrics.waiting.set(self.batcher.pictures if self.ready.is_set() else 0)
         if self.capture: self.metrics.captured.set(self.capture.written); self.metrics.lost.set(self.capture.lost)
+
+    async def numbers(self, request: web.Request) -> web.Response:
+        self.gauge()
         return web.Response(body=self.metrics.text(), headers={'Content-Type': 'text/plain; version=0.0.4; charset=utf-8'})
 
     async def execution_parameters(self, request: web.Request) -> web.Response:
@@ -192,8 +196,8 @@ class Service:
         form = choose(request.headers.get('Accept', ''))
         explain = {'true': True, 'false': False, '': False}.get(request.query.get('explain', '').lower())
         if explain is None: raise Refusal(400, f'explain={request.query["explain"][:40]} must be true or false')
-        body = await self._body(request)
         await self.ready.wait()
+        body = await self._body(request)
         if self.requests >= self.options['queue']: raise Overloaded(f'{self.requests} requests are under way; try again in a second')
         self.requests += 1
         try: return form, await self._answer(form, request.headers.get('Content-Type', ''), body, explain, request_id, told)
@@ -222,25 +226,25 @@ class Service:
         if explain and self.answerer.why_no_maps: raise Refusal(400, self.answerer.why_no_maps)
         told |= {'content_type': content_type[:80], 'bytes': len(body), 'pictures': len(seen)}
         rows = await self.batcher([square for square, _ in seen], explain)
-        work = loop.run_in_executor(self.pool, self._words, sent, seen, rows, explain) if explain or len(seen) > 1 else None
-        answers = await work if work else self._words(sent, seen, rows, explain)
-        told['decisions'] = [answer.get('decision', 'error') for answer in answers][:16]
         common = {'model': self.answerer.about, 'request_id': request_id, 'notice': NOTICE}
+        work = form, sent, seen, rows, explain, common
+        answers, text = await loop.run_in_executor(self.pool, self._words, *work) if explain or len(seen) > 1 else self._words(*work)
+        told['decisions'] = [answer.get('decision', 'error') for answer in answers][:16]
         if self.capture and self.capture.wanted(): self._keep(content_type, body, sent, seen, rows, answers, common | {'ms': round((time.perf_counter() - began)*1000, 1)})
-        return render(form, sent, answers, common)
+        return text
 
     def _decode(self, content_type: str, body: bytes) -> tuple[Request, list]:
         sent = parse(content_type, body, self.answerer.image_size)
         return sent, [measure(asked.picture, self.answerer.image_size) for asked in sent.asked if asked.picture]
 
-    def _words(self, sent: Request, seen: list, rows: list[dict], explain: bool) -> list[dict]:
-        "An answer for each picture, in the order of the request, and the reason for each that could not be used."
+    def _words(self, form: str, sent: Request, seen: list, rows: list[dict], explain: bool, common: dict) -> tuple[list[dict], bytes]:
+        "An answer for each picture, in the order of the request, and the reason for each that could not be used; the body."
         good = (self.answerer.answer(*picture, row, explain) for picture, row in zip(seen, rows))
         answers = [next(good) if asked.picture else {'error': asked.error} for asked in sent.asked]
         for answer in answers:
             self.metrics.pictures.labels(answer.get('decision', 'error')).inc()
             for fault in answer.get('reasons', ()): self.metrics.reasons.labels(fault['reason']).inc()
-        return answers
+        return answers, render(form, sent, answers, common)
 
     def _keep(self, content_type: str, body: bytes, sent: Request, seen: list, rows: list[dict], answers: list[dict], common: dict):
         "Hands the request to capture. Maps show the picture, so they are left out."
@@ -250,7 +254,7 @@ class Service:
             sketches = iter(self.sketch([square for square, _ in seen], rows))
             properties = [answer.get('quality', {}) | asked.patient | (next(sketches) if asked.picture else {}) for asked, answer in zip(sent.asked, answers)]
             return record(content_type, kept, properties, {'predictions': said, **common}, common['request_id'], at)
-        self.capture.put(make)
+        self.capture.put(make, len(kept or b'') + sum(square.nbytes for square, _ in seen))
 
 # %% ../../nbs/serving/06_server.ipynb #fa894664
 async def _work(listener: socket.socket, package: Path, options: dict, threads: int, parent: int):
@@ -265,7 +269,7 @@ async def _work(listener: socket.socket, package: Path, options: dict, threads: 
     log('ready', pid=os.getpid(), **service.answerer.about)
     while not stop.is_set() and os.getppid() == parent:   # a worker without its parent ends, too
         try: await asyncio.wait_for(stop.wait(), 1)
-        except TimeoutError: pass
+        except TimeoutError: service.gauge()
     service.draining = True
     log('draining', pid=os.getpid(), requests=service.requests)
     await asyncio.sleep(0.5)
@@ -298,6 +302,12 @@ def _cores() -> int:
     try: quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
     except (OSError, ValueError): return cores
     return cores if quota == 'max' else max(1, min(cores, -(-int(quota) // int(period))))
+
+
+def _forget(pid: int):
+    "What waited in a worker that is gone waits no more."
+    from prometheus_client.multiprocess import mark_process_dead
+    mark_process_dead(pid)
 
 
 def _stop(workers: list):
@@ -346,6 +356,7 @@ def _supervise(listener: socket.socket, package: Path, options: dict) -> int:
         for k, worker in enumerate(workers):
             if worker.is_alive(): continue
             print(json.dumps({'event': 'worker ended', 'pid': worker.pid, 'status': worker.exitcode}), flush=True)
+            if options['workers'] > 1: _forget(worker.pid)
             if worker.exitcode == 3 or sum(time.monotonic() - at < 10 for at in starts) > 5 + options['workers']:
                 _stop(workers)
                 return 1

@@ -55,6 +55,20 @@ mock_provider "aws" {
   }
 }
 
+# each role its own ARN, so that a wrong one shows
+override_resource {
+  target = module.roles.aws_iam_role.this["deploy"]
+  values = { arn = "arn:aws:iam::000000000000:role/mock-deploy" }
+}
+override_resource {
+  target = module.roles.aws_iam_role.this["monitor"]
+  values = { arn = "arn:aws:iam::000000000000:role/mock-monitor" }
+}
+override_resource {
+  target = module.roles.aws_iam_role.this["serving"]
+  values = { arn = "arn:aws:iam::000000000000:role/mock-serving" }
+}
+
 variables {
   environment       = "staging"
   github_repository = "owner/skin-lesion"

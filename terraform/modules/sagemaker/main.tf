@@ -5,13 +5,10 @@ resource "aws_sagemaker_model_package_group" "this" {
 
 locals {
   # The committed definitions hold placeholders of settings.ini [aws]; here the account's own values take their place.
-  # The pipelines that deploy, monitor, and judge a challenger on the newest window run their jobs under other roles.
-  placeholder_role = "arn:aws:iam::000000000000:role/skin-lesion-pipeline"
-  job_role = { for name in keys(var.definitions) : name =>
-  name == "deploy" ? var.roles.deploy : contains(["monitoring", "window"], name) ? var.roles.monitor : var.roles.pipeline }
-  roled = { for name, text in var.definitions : name => replace(
-    replace(text, "\"DefaultValue\": \"${local.placeholder_role}\"", "\"DefaultValue\": \"${local.job_role[name]}\""),
-  local.placeholder_role, name == "deploy" ? var.roles.serving : local.job_role[name]) }
+  role = "arn:aws:iam::000000000000:role/skin-lesion"
+  roled = { for name, text in var.definitions : name => replace(replace(replace(replace(text,
+    "${local.role}-pipeline", var.roles.pipeline), "${local.role}-serving", var.roles.serving),
+  "${local.role}-deploy", var.roles.deploy), "${local.role}-monitor", var.roles.monitor) }
   registry = "000000000000.dkr.ecr.eu-west-1.amazonaws.com"
   imaged = { for name, text in local.roled : name => replace(replace(text,
     "${local.registry}/skin-lesion-steps:latest", var.images.steps),
@@ -21,8 +18,11 @@ locals {
     "\"subnet-00000000000000000\"", join(", ", [for id in var.subnet_ids : jsonencode(id)])),
     "sg-00000000000000000", var.security_group_id),
   "\"alias/skin-lesion\"", jsonencode(var.data_key_alias)) }
-  definitions = { for name, text in local.placed : name => replace(replace(replace(
-    replace(text, "AWS_BUCKET\": \"skin-lesion\"", "AWS_BUCKET\": \"${var.buckets.processed}\""),
+  stored = { for name, text in local.placed : name => replace(replace(replace(text,
+    "AWS_BUCKET\": \"skin-lesion\"", "AWS_BUCKET\": \"${var.buckets.processed}\""),
+    "SERVING_CAPTURE\": \"\"", "SERVING_CAPTURE\": \"s3://${var.buckets.capture}\""),
+  "RETRAIN_LABELS\": \"\"", "RETRAIN_LABELS\": \"s3://${var.buckets.processed}/labels/${var.endpoint_name}\"") }
+  definitions = { for name, text in local.stored : name => replace(replace(replace(text,
     "s3://skin-lesion/capture/", "s3://${var.buckets.capture}/"),
     "s3://skin-lesion/", "s3://${var.buckets.processed}/"),
   "eu-west-1", var.region) }

@@ -106,6 +106,15 @@ variable "model_package_group" {
   }
 }
 
+variable "endpoint_name" {
+  description = "Name of the endpoint, whose labels the retraining notebook counts: setting serving.endpoint."
+  type        = string
+  validation {
+    condition     = can(regex("^[a-zA-Z0-9][a-zA-Z0-9-]{0,45}$", var.endpoint_name))
+    error_message = "endpoint_name must be 1 to 46 letters, digits or hyphens."
+  }
+}
+
 variable "definitions" {
   description = "Pipeline to its compiled definition, JSON as it is committed under pipelines/definitions."
   type        = map(string)
