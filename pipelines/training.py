@@ -104,21 +104,18 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
     input_data = ParameterString("InputData", f"s3://{bucket}/raw/sample")
     champion_data = ParameterString("ChampionData", f"s3://{bucket}/champion/{group}")
     unknown_data = ParameterString("UnknownData", f"s3://{bucket}/raw/unknown")
-    # The data set `captured` has two more inputs, so it is another definition.
-    captured = {}
-    if "captured" in settings["data.dataset"].value.split(","):
-        endpoint, place = settings["serving.endpoint"].value, settings["serving.capture"].value
-        place = place if place.startswith("s3://") else f"s3://{bucket}/capture"
-        captured["captures"] = ParameterString("CaptureData", f"{place}/{endpoint}")
-        captured["labels"] = ParameterString("LabelsData", f"s3://{bucket}/labels/{endpoint}")
     image = ParameterString("ImageUri", aws["image_uri"])
     processing_instance = ParameterString("ProcessingInstance", aws["processing_instance"])
     training_instance = ParameterString("TrainingInstance", aws["training_instance"])
     role = ParameterString("RoleArn", aws[role])
     session = PipelineSession(default_bucket=bucket)
     session._default_bucket = bucket  # otherwise the SDK asks S3 whether the bucket is there
-    captured = settings["serving.capture"].value
-    captures = captured if captured.startswith("s3://") else f"s3://{bucket}/capture"
+    place, endpoint = settings["serving.capture"].value, settings["serving.endpoint"].value
+    captures = f"{place if place.startswith('s3://') else f's3://{bucket}/capture'}/{endpoint}"
+    captured = {}  # the data set `captured` has two more inputs, so it is another definition
+    if "captured" in settings["data.dataset"].value.split(","):
+        captured["captures"] = ParameterString("CaptureData", captures)
+        captured["labels"] = ParameterString("LabelsData", f"s3://{bucket}/labels/{endpoint}")
     tags = [{"Key": "project", "Value": "skin-lesion"}, {"Key": "cost-center", "Value": "skin-lesion"}]
 
     def section(name):
@@ -284,7 +281,7 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
         ],
         image=image,
         champion=champion_data,
-        captures=f"{captures}/{settings['serving.endpoint'].value}",
+        captures=captures,
         role=role,
         session=session,
         tags=tags,
