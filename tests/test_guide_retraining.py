@@ -22,4 +22,4 @@ def test_from_drift_to_a_new_model(tmp_path):
     assert "ALARM drift: " in said and "lasting" in said
     assert "started | retraining because of drift" in said and "ended | Version 2 " in said
     assert "not retrained: cool-down" in said
-    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2
+    assert sum("image/jpeg" in o.get("data", {}) for o in outputs) >= 2

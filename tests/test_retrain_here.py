@@ -117,7 +117,7 @@ def watched(project, until, *words, seconds=280):
     watching = subprocess.Popen(
         command, cwd=project.work, env=project.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    timer = threading.Timer(seconds, watching.kill)
+    timer = threading.Timer(seconds, watching.terminate)  # which ends what it started, too
     timer.start()
     lines = []
     for line in watching.stdout:
@@ -130,16 +130,18 @@ def watched(project, until, *words, seconds=280):
 
 
 def test_watch_takes_a_lasting_alarm_to_the_guards_and_tells_their_refusal(project):
-    """The real monitor on captured requests of which the last two days are out of focus; the last retraining is an hour old."""
-    example = write_example(project.work / "example", days=4, blurred=2)
+    """The real monitor on captured requests that are out of focus; the last retraining is an hour old."""
+    example = write_example(project.work / "example", days=2, blurred=2, lesions=110)
     root = project.work / "runs"
     register(example / "package" / "model.tar.gz", {"ModelPackageGroupName": "skin-lesion"}, root)
     approve(root, 1, reason="for this test")
     hour = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+    started = {"time": hour, "id": "before", "event": "started", "labels": 0}
     ended = {"time": hour, "id": "before", "event": "ended", "outcome": "kept", "says": "no better"}
-    (root / "retraining.jsonl").write_text(json.dumps(ended) + "\n")
+    (root / "retraining.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (started, ended)))
+    data = ("--data-dir", example / "sample")
     loose = ("--set", "retrain.new_labels=0", "--set", "train.epochs=1")
-    lines = watched(project, "not retrained", "--capture", example / "capture", *loose)
+    lines = watched(project, "not retrained", "--capture", example / "capture", *loose, *data, seconds=120)
     assert any("round 1: drift: drift that lasts: " in line and "sharpness" in line for line in lines), lines
     refused = read_record(str(root / "retraining.jsonl"))[-1]
     assert (
