@@ -2,7 +2,8 @@
 SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 BIN := .venv/bin
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+COMPILE = uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
+export PATH := $(abspath $(BIN)):$(PATH)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,11 +76,22 @@ test-infra: install .venv-infra/installed  ## the account: also applies and dest
 readme: install  ## README.md from nbs/index.ipynb
 	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md
 
-hooks: install  ## git hooks and merge driver that keep notebooks clean
+lab: install hooks  ## JupyterLab on the notebooks; step notebooks read what they read in the last run, or in RUN=runs/ID
+	SKIN_LESION_RUN=$(abspath $(or $(RUN),$(if $(wildcard runs/latest/steps.json),runs/latest))) jupyter lab --notebook-dir=nbs
+
+# nbdev's drivers are found on the PATH; here they are named whole, so that git works outside of the environment, too
+hooks: install  ## git hooks and merge driver that keep notebooks clean, and Jupyter's hook that cleans what it saves
 	nbdev-install-hooks
+	@if [ -d .git ]; then \
+	git config --file .gitconfig merge.jupyternotebook.driver "'$(abspath $(BIN))/nbdev-merge' %O %A %B %P" && \
+	git config --file .gitconfig diff.jupyternotebook.command "'$(abspath $(BIN))/nbdev-diff-driver'" && \
+	printf '#!/bin/sh\n"%s/nbdev-trust"\n' '$(abspath $(BIN))' > .git/hooks/post-merge; fi
 
-lock:  ## requirements.lock from pyproject.toml
-	uv pip compile -q --extra dev --python-version 3.11 --no-header pyproject.toml -o requirements.lock
+lock:  ## requirements.lock from pyproject.toml; what it holds already stays as it is
+	$(COMPILE)
 
-.PHONY: help install run test notebooks bench bench-training bench-monitoring lint definitions readme hooks lock bench-serving image-test lambdas studio infra-readme test-infra
+upgrade: install  ## requirements.lock with the newest versions of everything
+	$(COMPILE) --upgrade
+
+.PHONY: help install run test notebooks lab bench bench-training bench-monitoring lint definitions readme hooks lock upgrade bench-serving image-test lambdas studio infra-readme test-infra
 .DEFAULT_GOAL := help

@@ -267,7 +267,7 @@ def compile_(pipeline, out, pairs):
 @main.command('run')
 @click.argument('pipeline')
 @click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
-@click.option('--dataset', help='sample, ham10000, isic2019, bcn20000, or several with commas between them, captured too (setting data.dataset).')
+@click.option('--dataset', help='sample, ham10000, isic2019, bcn20000, own, or several with commas between them, captured too (setting data.dataset).')
 @click.option('--data-dir', help='Folder of the downloaded data set, or its s3:// address.')
 @click.option('--unknown-dir', help='Folder of pictures that are no dermoscopy, or its s3:// address; drawn ones when left out.')
 @click.option('--allow-missing', is_flag=True, help='Go on although files that the tables name are not there.')

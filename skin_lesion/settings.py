@@ -29,6 +29,7 @@ def project_file(
 
 # %% ../nbs/00_settings.ipynb #7207cc08
 class Setting(NamedTuple):
+    "The value of a setting, and where it was set."
     value: int | float | bool | str  # typed as the default is
     source: str                      # the file, variable or option that it came from
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import onnxruntime
 import psutil
 import pytest
 import requests
@@ -20,7 +21,6 @@ from test_server import damaged, raw
 
 from skin_lesion.data.images import load_square, read_squares
 from skin_lesion.data.sample import write_sample
-from skin_lesion.serving.predictor import Graph
 from skin_lesion.training.models import Classifier, export_graph, load_pretrained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -217,15 +217,32 @@ def test_latency_of_one_request(server, package, pictures, tmp_path, figures):
     assert figures["latency_to_eager"] <= 0.4 and figures["latency_to_onnx"] <= 0.8, p50
 
 
+def batches(server):
+    """Pictures that went through the network, and its runs."""
+    lines = dict(
+        line.rsplit(" ", 1) for line in requests.get(f"{server.url}/metrics").text.splitlines() if "#" not in line
+    )
+    return np.array([float(lines[f"skin_lesion_batch_size_{end}"]) for end in ("sum", "count")])
+
+
 @pytest.fixture(scope="module")
 def capacity(server, package, pictures, figures):
-    """Requests a second at 16 clients, beside the bare loop with the same batches, in turns; it decodes a batch ahead."""
-    graph, messages, bare, served = Graph(package), [message(p) for p in pictures], [], []
-    todo = [pictures[i % len(pictures)] for i in range(480)]
-    for _ in range(5):
+    """Requests a second at 16 clients, beside the runtime's own loop with batches of the same size, in turns; it decodes a batch ahead."""
+    session = onnxruntime.InferenceSession(package / "model.onnx", providers=["CPUExecutionProvider"])
+    messages, todo, bare, served = (
+        [message(p) for p in pictures],
+        [pictures[i % len(pictures)] for i in range(960)],
+        [],
+        [],
+    )
+    before = batches(server)
+    asyncio.run(closed_loop(server.address, messages, 16, len(todo)))
+    count, runs = batches(server) - before
+    figures["batch"] = round(count / runs)
+    for _ in range(7):
         began = time.perf_counter()
-        for _, images, _ in read_squares(todo, SIZE, BATCH):
-            graph.logits(images, BATCH)
+        for _, images, _ in read_squares(todo, SIZE, figures["batch"]):
+            session.run(["logits"], {"images": images})
         bare.append(len(todo) / (time.perf_counter() - began))
         rate, results = asyncio.run(closed_loop(server.address, messages, 16, len(todo)))
         assert {status for status, _ in results} == {200}

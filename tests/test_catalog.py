@@ -14,6 +14,7 @@ from skin_lesion.data.catalog import (
     TABLE,
     account_counts,
     account_error,
+    classes_in,
     classes_of,
     find_images,
     read_dataset,
@@ -259,6 +260,25 @@ def test_images_in_hidden_folders_and_other_files_do_not_count(tmp_path):
 def test_mappings_lead_into_the_classes():
     assert set(ARCHIVE_DIAGNOSES.values()) == set(DIAGNOSES)
     sizes = {n: len(classes_of(n)) for n in DATASETS if n != "captured"}
-    assert sizes == {"sample": 7, "ham10000": 7, "isic2019": 8, "bcn20000": 8}
+    assert sizes == {"sample": 7, "ham10000": 7, "isic2019": 8, "bcn20000": 8, "own": 8}
     assert classes_of("isic2019,captured") == classes_of("isic2019")
     assert "dx_type" not in TABLE.columns
+
+
+def test_own_pictures_need_three_columns_and_no_more_classes_than_they_have(tmp_path):
+    (tmp_path / "a").mkdir()
+    rows = [("P1.JPG", "L1", "MEL"), ("P2.jpeg", "L1", "MEL"), ("P3", "L2", "NV"), ("P4.png", "L3", "melanoma"), ("P5.jpg", "L4", "NV")]  # fmt: skip
+    for name in ("P1.JPG", "P2.jpeg", "P3.jpg", "P4.png"):
+        (tmp_path / "a" / name).touch()
+    pd.DataFrame(rows, columns=["image_id", "lesion_id", "diagnosis"]).to_csv(tmp_path / "metadata.csv", index=False)
+    table, accounting = read_dataset("own", tmp_path)
+    assert table.path.tolist() == ["a/P1.JPG", "a/P2.jpeg", "a/P3.jpg"] and table.source.unique().tolist() == [
+        "unknown"
+    ]
+    assert accounting["unknown_label"] == ["P4"] and accounting["missing_file"] == ["P5"]
+    assert table[["patient_id", "age", "sex", "site"]].isna().all(axis=None)
+    assert classes_in(table, "own") == ["MEL", "NV"]
+    assert classes_in(table, "own,ham10000") == ["MEL", "NV"] and len(classes_in(table, "ham10000")) == 7
+    pd.DataFrame(rows, columns=["image_id", "lesion_id", "label"]).to_csv(tmp_path / "metadata.csv", index=False)
+    with pytest.raises(ValueError, match=r"columns \['diagnosis'\] are missing"):
+        read_dataset("own", tmp_path)

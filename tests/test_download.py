@@ -21,8 +21,10 @@ import pytest
 from click.testing import CliRunner
 
 from skin_lesion.cli import main
+from skin_lesion.data import archives
 from skin_lesion.data import download as module
-from skin_lesion.data.download import RemoteFile, download_dataset, download_files, listed_files, unpack
+from skin_lesion.data.archives import unpack
+from skin_lesion.data.download import RemoteFile, download_dataset, download_files, listed_files
 
 BODY = random.Random(1).randbytes(700_000)
 
@@ -292,7 +294,7 @@ def test_bombs_refuse_the_archive(tmp_path, monkeypatch):
     bomb = write_zip(tmp_path / "i.zip", [("a.jpg", bytes(30_000_000))])
     with pytest.raises(ValueError, match="1 files of 30,000,000 bytes"):
         unpack(bomb, tmp_path)
-    monkeypatch.setattr(module, "MEMBERS", 10)
+    monkeypatch.setattr(archives, "MEMBERS", 10)
     with pytest.raises(ValueError, match="holds 11 files"):
         unpack(write_zip(bomb, [(f"{n}.jpg", b".") for n in range(11)]), tmp_path)
     with pytest.raises(ValueError, match="two files of one name"):

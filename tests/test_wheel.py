@@ -1,9 +1,13 @@
 """A wheel needs no checkout: settings, step notebooks and compiled definitions travel inside it."""
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
 
+import pytest
+import yaml
 from conftest import ROOT, Project
 
 
@@ -42,3 +46,23 @@ def test_onnx_runtime_is_told_not_to_report_its_use():
     for value, environ in (("1", {}), ("0", {"ORT_DISABLE_TELEMETRY": "0"})):
         env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)} | environ
         assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == value
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_trains_and_serves_by_the_steps_of_the_release(tmp_path):
+    """An environment that holds the wheel and what it depends on, and a folder outside of the checkout."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    if not all(shutil.which(tool) for tool in ("uv", "curl")):
+        pytest.skip("uv or curl is not on this machine")
+    built = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist"]
+    subprocess.run(built, cwd=ROOT, check=True, capture_output=True)
+    shutil.copy(ROOT / "requirements.lock", tmp_path / "dist")
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env |= {"UV_LINK_MODE": "hardlink", "PYTHONNOUSERSITE": "1"}
+    for step in jobs["test"]["steps"]:
+        if name := step.get("name"):
+            done = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=tmp_path, env=env, capture_output=True, text=True)  # fmt: skip
+            assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    where = [tmp_path / "empty" / "bin" / "python", "-c", "import skin_lesion; print(skin_lesion.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+    assert found.startswith(str(tmp_path / "empty"))

@@ -21,7 +21,8 @@ def test_actions_are_pinned_and_rights_are_given_a_job(path):
     assert used and all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", u) and re.search(r"# v\d", c) for u, c in used)
     assert workflow["permissions"] == {}
     for name, job in workflow["jobs"].items():
-        assert job["permissions"]["contents"] == "read" and job["timeout-minutes"], name
+        publishes = (path.stem, name) == ("release", "publish")  # GitHub's releases are contents
+        assert job["permissions"]["contents"] == ("write" if publishes else "read") and job["timeout-minutes"], name
         if job["permissions"].get("id-token") == "write":
             assert job["environment"] in ("staging", "production"), name  # the role trusts these only
     assert "secrets." not in text  # OIDC: no stored key
@@ -31,6 +32,13 @@ def test_production_waits_for_the_smoke_test_and_for_a_person():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text())["jobs"]
     assert jobs["production"]["needs"] == "smoke" and jobs["smoke"]["needs"] == "staging"
     assert jobs["production"]["environment"] == "production"  # its required reviewers are the approval
+
+
+def test_who_may_write_runs_nothing_of_the_repository_and_waits_for_the_tested_wheel():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    assert jobs["publish"]["needs"] == "test" and jobs["test"]["needs"] == "build"
+    assert not any("checkout" in step.get("uses", "") for step in jobs["publish"]["steps"] + jobs["test"]["steps"])
+    assert [step["run"].split()[0] for step in jobs["publish"]["steps"] if "run" in step] == ["gh"]
 
 
 def test_make_knows_each_target_that_a_workflow_calls():

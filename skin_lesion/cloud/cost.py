@@ -167,6 +167,7 @@ def pipeline_cost(
 
 
 def total(lines: list[Line]) -> tuple[float, float]:  # US$ expected, and at most
+    "The sum of an estimate."
     return sum(line.expected for line in lines), sum(line.most for line in lines)
 
 # %% ../../nbs/cloud/10_cost.ipynb #d3294b75

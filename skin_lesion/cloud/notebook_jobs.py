@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from .compile import compile_pipeline, unsafe_jobs
-from .sagemaker import clients, upsert
+from .sagemaker import clients, redact, upsert
 from ..settings import project_file
 
 # %% auto #0
@@ -32,13 +34,15 @@ def put_schedule(
     role: str,    # that the schedule takes
     region: str,
 ) -> str:         # ARN of the schedule
-    "Creates or updates the schedule of a pipeline, by the SDK's `PipelineSchedule`."
+    "Creates or updates the schedule of a pipeline, by the SDK's `PipelineSchedule`. Raises `ValueError` for a role that may not."
+    from sagemaker.core.helper.iam_role_resolver import RoleValidationError
     from sagemaker.core.helper.session_helper import Session   # seconds to import
     from sagemaker.mlops.workflow.pipeline import Pipeline
     from sagemaker.mlops.workflow.triggers import PipelineSchedule
     import boto3
     pipeline = Pipeline(name=name, sagemaker_session=Session(boto_session=boto3.Session(region_name=region)))
-    [arn] = pipeline.put_triggers([PipelineSchedule(name=name, cron=cron)], role_arn=role)
+    try: [arn] = pipeline.put_triggers([PipelineSchedule(name=name, cron=cron)], role_arn=role)
+    except (BotoCoreError, ClientError, RoleValidationError) as error: raise ValueError(f'The schedule was refused: {redact(str(error))}') from None
     return arn
 
 

@@ -19,7 +19,7 @@ from .duplicates import near_duplicates, similarity
 __all__ = ['AUTHORITY', 'image_key', 'join_lesions', 'merge_tables', 'read_datasets', 'drop_copies', 'held', 'drop_seen']
 
 # %% ../../nbs/data/01a_combine.ipynb #c0b10006
-AUTHORITY = ('isic2019', 'bcn20000', 'ham10000', 'sample', 'captured')
+AUTHORITY = ('own', 'isic2019', 'bcn20000', 'ham10000', 'sample', 'captured')
 
 
 def image_key(

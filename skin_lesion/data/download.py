@@ -10,11 +10,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import stat
 import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -26,13 +22,13 @@ import requests
 from tqdm import tqdm
 
 from .. import __version__
+from .archives import unpack
 from .catalog import about, account_error, read_dataset
 from .shards import check_space, save_whole
 
 # %% auto #0
-__all__ = ['FILES', 'LISTINGS', 'TIMEOUT', 'LICENCES', 'ATTEMPTS', 'PROGRESS', 'ENDINGS', 'MEMBERS', 'RATIO', 'PARALLEL',
-           'RemoteFile', 'listed_files', 'remote_files', 'licence_text', 'has_checksum', 'members', 'unpack',
-           'download_files', 'download_dataset']
+__all__ = ['FILES', 'LISTINGS', 'TIMEOUT', 'LICENCES', 'ATTEMPTS', 'PROGRESS', 'PARALLEL', 'RemoteFile', 'listed_files',
+           'remote_files', 'licence_text', 'has_checksum', 'download_files', 'download_dataset']
 
 # %% ../../nbs/data/08_download.ipynb #114a567f
 @dataclass(frozen=True)
@@ -239,72 +235,6 @@ def _fetch(file: RemoteFile, work: Path, tell: Callable, stop: threading.Event, 
         _discard(part)
     raise ValueError(f'{file.name} arrived twice with other bytes than {file.checksum}; that is what the publisher\'s file must '
                      f'hash to; try later, or from another network; if {file.url} has a new version, the table is old')
-
-# %% ../../nbs/data/08_download.ipynb #e67784aa
-ENDINGS = ('.jpg', '.jpeg', '.png', '.csv', '.txt')
-MEMBERS = 200_000  # files in an archive
-RATIO = 20  # bytes unpacked for one of the archive, at most; pictures have 1, tables up to 10
-
-
-def _unsafe(info: zipfile.ZipInfo) -> str | None:
-    "Why a member may not be unpacked."
-    name, kind = info.orig_filename, stat.S_IFMT(info.external_attr >> 16)
-    path = PurePosixPath(name)
-    if '\\' in name or '\0' in name or ':' in name or path.is_absolute() or '..' in path.parts: return 'leads out of the folder'
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR): return 'is a link or a device'
-    if info.flag_bits & 1: return 'is encrypted'
-
-
-def members(
-    archive: zipfile.ZipFile,
-    name: str,  # of the archive, for its folder and for messages
-) -> dict[str, zipfile.ZipInfo]:  # where each file goes, relative to the data set's folder
-    "What is to be unpacked; `ValueError` if the archive is not to be trusted."
-    infos, stem = archive.infolist(), name.rsplit('.', 1)[0]
-    for info in infos:
-        if reason := _unsafe(info):
-            raise ValueError(f'{name}: {info.orig_filename!r} {reason}; nothing of it was unpacked; do not trust this archive')
-    total, length = sum(i.file_size for i in infos), os.stat(archive.filename).st_size
-    if len(infos) > MEMBERS or total > RATIO*length + 1_000_000:
-        raise ValueError(f'{name} holds {len(infos):,} files of {total:,} bytes in {length:,}; at most {MEMBERS:,} files and '
-                         f'{RATIO} times its length are unpacked; do not trust this archive')
-    wanted = [i for i in infos if i.filename.lower().endswith(ENDINGS) and '__MACOSX' not in i.filename]
-    found = {i.filename if i.filename.startswith(f'{stem}/') else f'{stem}/{i.filename}': i for i in wanted}
-    if len({path.lower() for path in found}) < len(wanted):
-        raise ValueError(f'{name} holds two files of one name; nothing of it was unpacked; do not trust this archive')
-    return found
-
-# %% ../../nbs/data/08_download.ipynb #f7ef4f82
-def _is_there(target: Path, info: zipfile.ZipInfo) -> bool:
-    if not target.is_file() or target.stat().st_size != info.file_size: return False
-    crc = 0
-    with open(target, 'rb') as f:
-        while block := f.read(1 << 20): crc = zlib.crc32(block, crc)
-    return crc == info.CRC
-
-
-def unpack(
-    path: Path,    # the archive
-    folder: Path,  # of the data set
-) -> dict[str, int]:  # path relative to the folder -> bytes
-    "Unpacks an archive, or what is not there of it. `ValueError` for one that is damaged or not to be trusted."
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found, home = members(archive, path.name), folder.resolve()
-            if out := next((p for p in found if not (folder/p).parent.resolve().is_relative_to(home)), None):
-                raise ValueError(f'{folder/out} lies outside of {home}, by a link in it; remove the link')
-            left = {p: i for p, i in found.items() if not _is_there(folder/p, i)}
-            check_space(folder, sum(i.file_size for i in left.values()))
-            with tqdm(total=len(left), unit='file', desc=f'unpack {path.name}', disable=None) as bar:
-                for p, info in left.items():
-                    (folder/p).parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(info) as source:
-                        save_whole(folder/p, lambda f, s=source: shutil.copyfileobj(s, f, 1 << 20), info.file_size)
-                    bar.update()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
-        raise ValueError(f'{path} is damaged ({e}); delete it and start again, and it is downloaded anew') from e
-    print(f'{path.name}: {len(left):,} files unpacked, {len(found) - len(left):,} were there', flush=True)
-    return {p: i.file_size for p, i in found.items()}
 
 # %% ../../nbs/data/08_download.ipynb #fdf10bfe
 def _receipt(file: RemoteFile, folder: Path) -> Path: return folder/'.download'/f'{file.name}.done'

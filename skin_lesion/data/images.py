@@ -96,6 +96,7 @@ def _turn(im: Image.Image) -> Image.Image:
 
 # %% ../../nbs/data/02_images.ipynb #b67ae421
 class Picture(NamedTuple):
+    "A decoded picture."
     pixels: np.ndarray      # (H, W, 3), uint8, RGB, upright
     size: tuple[int, int]   # width and height of the file, upright
     format: str             # one of `FORMATS`

@@ -259,20 +259,21 @@ def write_shards(
     rows: pd.DataFrame,  # a part of the table that was packed
     packed: Packed,
     out: str | Path,  # folder, made; what an earlier write left in it is replaced
+    classes: list[str] | None = None,  # that a model tells apart; those of the data set when None
 ) -> Path:  # the folder
     "Writes shard-00000.npy ..., rows.parquet and, last, shards.json; `OSError` (ENOSPC) if the disk is too small."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _clear(out)
     check_space(out, len(rows)*packed.size**2*3 + 1_000_000)
-    try: _write_part(rows.sort_values('image_id').reset_index(drop=True), packed, out)
+    try: _write_part(rows.sort_values('image_id').reset_index(drop=True), packed, out, classes or list(classes_of(packed.dataset)))
     except BaseException:
         _clear(out)
         raise
     return out
 
 
-def _write_part(rows: pd.DataFrame, packed: Packed, out: Path):
+def _write_part(rows: pd.DataFrame, packed: Packed, out: Path, classes: list[str]):
     content, files = hashlib.sha256(f'{packed.size} '.encode()), {}
     for n, start in enumerate(range(0, len(rows), SHARD)):
         file, pixels = out/f'shard-{n:05}.npy', packed.squares(rows.image_id[start:start + SHARD])
@@ -282,7 +283,7 @@ def _write_part(rows: pd.DataFrame, packed: Packed, out: Path):
     save_whole(out/ROWS, rows.to_parquet, 1_000_000)
     files[ROWS] = {'bytes': (out/ROWS).stat().st_size, 'sha256': _file_hash(out/ROWS)}
     content.update(_rows_bytes(rows))
-    manifest = {'dataset': packed.dataset, 'synthetic': about(packed.dataset)['synthetic'], 'classes': list(classes_of(packed.dataset)),
+    manifest = {'dataset': packed.dataset, 'synthetic': about(packed.dataset)['synthetic'], 'classes': classes,
                 'image_size': packed.size, 'count': len(rows), 'shard': SHARD, 'content_hash': content.hexdigest(), 'files': files}
     save_whole(out/MANIFEST, lambda f: f.write(json.dumps(manifest, indent=1).encode()), 10_000)
 

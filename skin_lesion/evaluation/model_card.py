@@ -16,6 +16,7 @@ DATASETS = {
     'ham10000': 'HAM10000 (Tschandl et al. 2018), CC BY-NC 4.0. Dermoscopy from Vienna and Queensland; mostly light skin.',
     'isic2019': 'ISIC 2019 (Tschandl et al. 2018; Codella et al. 2018; Combalia et al. 2019), CC BY-NC 4.0. Dermoscopy from several centres; mostly light skin.',
     'bcn20000': 'BCN20000 (Hernández-Pérez et al. 2024), CC BY-NC 4.0. Dermoscopy from Barcelona; mostly light skin.',
+    'own': 'Pictures of the user\'s own. Who took them, of whom and with what, is for the user to add.',
 }
 DIAGNOSIS = {'MEL': 'melanoma', 'NV': 'melanocytic nevus', 'BCC': 'basal cell carcinoma', 'AK': 'actinic keratosis or Bowen\'s disease',
              'BKL': 'benign keratosis', 'DF': 'dermatofibroma', 'VASC': 'vascular lesion', 'SCC': 'squamous cell carcinoma', 'UNK': 'none of the others'}

@@ -11,8 +11,9 @@ from pathlib import Path
 from fastcore.xml import H1, H2, A, Footer, Header, Main, P, Section, Small, Span, Strong, Td
 
 from .pages import page, table
-from .report import dig, figure, notices, number, parameters_of, read_json, write_report
+from .report import notices, parameters_of, write_report
 from .runs import write_whole
+from .values import dig, figure, number, read_json
 
 # %% ../../nbs/execution/07a_compare.ipynb #a7536dd0
 def turned(

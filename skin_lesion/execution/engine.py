@@ -29,7 +29,8 @@ from .runs import (Execution, change, find_run, gather, list_runs, locked, new_r
                                         save, saved_run, say, write_whole)
 
 # %% auto #0
-__all__ = ['STOP_SECONDS', 'container_words', 'step_command', 'step_notebook', 'end_processes', 'retry_delay', 'Stopped', 'run']
+__all__ = ['STOP_SECONDS', 'container_words', 'step_command', 'step_notebook', 'end_processes', 'retry_delay', 'Stopped',
+           'scope_of', 'run']
 
 # %% ../../nbs/execution/05_engine.ipynb #e8824a2c
 def container_words(step: Step) -> list:
@@ -305,6 +306,19 @@ def _check(step: Step, command: Callable, notebook: Callable) -> list[str]:
     except ValueError as e: problems.append(str(e))
     return problems
 
+# %% ../../nbs/execution/05_engine.ipynb #0b65e54e
+def scope_of(
+    state: dict,        # what steps.json holds
+    steps: list[Step],
+    values: dict,       # typed values of the parameters
+    root: Path,         # runs
+) -> Scope:
+    "What the references in a run's definition can see."
+    return Scope(values, {n: state[n] for n in ('PipelineName', 'PipelineArn', 'PipelineExecutionId', 'PipelineExecutionArn')}
+                 | {'StartDateTime': state['CreationTime'], 'CurrentDateTime': now()},
+                 {s['StepName']: s['Response'] for s in state['PipelineExecutionSteps'] if s['StepStatus'] == 'Succeeded'},
+                 {s.name: s.raw.get('PropertyFiles') or [] for s in steps}, root)
+
 # %% ../../nbs/execution/05_engine.ipynb #31eacad0
 def run(
     definition: dict | None,  # the compiled JSON; None when a run is resumed
@@ -328,11 +342,7 @@ def run(
         state = json.loads((folder/'steps.json').read_text(encoding='utf-8'))
         state.pop('FailureReason', None)
         state['PipelineExecutionStatus'] = 'Executing'
-        scope = Scope(values, {n: state[n] for n in ('PipelineName', 'PipelineArn', 'PipelineExecutionId', 'PipelineExecutionArn')}
-                      | {'StartDateTime': state['CreationTime'], 'CurrentDateTime': now()},
-                      {s['StepName']: s['Response'] for s in state['PipelineExecutionSteps'] if s['StepStatus'] == 'Succeeded'},
-                      {s.name: s.raw.get('PropertyFiles') or [] for s in steps}, root)
-        execution = Execution(folder, root, state, steps, scope, command, notebook)
+        execution = Execution(folder, root, state, steps, scope_of(state, steps, values, root), command, notebook)
         save(execution)
         try:
             with _signals(execution): _execute(execution, parallel)

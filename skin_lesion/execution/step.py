@@ -53,13 +53,18 @@ def opt_ml(
 def step_root(
     name: str,  # step: prepare, train, evaluate or register
 ) -> Path:      # holds SageMaker's folders: input/, processing/, model/ ...
-    "The root of a step: `SKIN_LESION_ROOT`, else /opt/ml, else a temporary one with small inputs, gone when the process ends."
+    """The root of a step: `SKIN_LESION_ROOT`, else /opt/ml, else a temporary one, gone when the process ends: with the inputs
+    that the step had in the run `SKIN_LESION_RUN`, or with small ones. Raises `PipelineError` for inputs that are not there."""
     if root := os.environ.get('SKIN_LESION_ROOT'): return Path(root).resolve()
     if Path('/opt/ml').is_dir(): return Path('/opt/ml')
+    if run := os.environ.get('SKIN_LESION_RUN'):
+        from skin_lesion.execution.by_hand import run_root  # the engine, which no job needs
+        if root := run_root(name, Path(run)): return root
     return smoke_root(name)
 
 # %% ../../nbs/execution/01_step.ipynb #7145bc5d
 def is_training(root: Path, name: str) -> bool:
+    "Whether the step `name` in `root` is a Training job, not a Processing job."
     config = root/'input'/'config'
     if (config/'resourceconfig.json').exists() or (config/'hyperparameters.json').exists(): return True
     return name == 'train' and not (root/'config'/'processingjobconfig.json').exists()

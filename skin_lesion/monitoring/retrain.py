@@ -42,6 +42,7 @@ def reason_of(
 
 # %% ../../nbs/monitoring/09_retrain.ipynb #4e288eca
 class Limits(NamedTuple):
+    "What the guards allow; `settings.ini` says what each means."
     cooldown_hours: float
     runs_a_month: int
     new_labels: int

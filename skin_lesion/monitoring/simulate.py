@@ -47,6 +47,7 @@ def drifted(
 
 # %% ../../nbs/monitoring/10_simulate.ipynb #0022cf3a
 class Replayed(NamedTuple):
+    "What the endpoint answered to the requests that were sent."
     statuses: Counter          # HTTP status, or the name of an error, to requests
     answered: dict[str, str]   # request id to the name of the picture
     milliseconds: np.ndarray   # (answered,)

@@ -34,6 +34,7 @@ class Asked(NamedTuple):
 
 
 class Request(NamedTuple):
+    "The pictures of one request, and how it wants them answered."
     asked: list[Asked]
     explain: bool = False
     lines: bool = False      # asked as JSON Lines, whose faults are told line by line

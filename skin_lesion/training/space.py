@@ -13,6 +13,7 @@ from ..settings import Setting
 
 # %% ../../nbs/training/05_space.ipynb #d10e66b9
 class Range(NamedTuple):
+    "What a search may choose a setting from."
     scale: str      # log, linear or one of
     values: tuple   # the two ends, or the choices, of the setting's type
 
