@@ -110,8 +110,12 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
     role = ParameterString("RoleArn", aws[role])
     session = PipelineSession(default_bucket=bucket)
     session._default_bucket = bucket  # otherwise the SDK asks S3 whether the bucket is there
-    captured = settings["serving.capture"].value
-    captures = captured if captured.startswith("s3://") else f"s3://{bucket}/capture"
+    place, endpoint = settings["serving.capture"].value, settings["serving.endpoint"].value
+    captures = f"{place if place.startswith('s3://') else f's3://{bucket}/capture'}/{endpoint}"
+    captured = {}  # the data set `captured` has two more inputs, so it is another definition
+    if "captured" in settings["data.dataset"].value.split(","):
+        captured["captures"] = ParameterString("CaptureData", captures)
+        captured["labels"] = ParameterString("LabelsData", f"s3://{bucket}/labels/{endpoint}")
     tags = [{"Key": "project", "Value": "skin-lesion"}, {"Key": "cost-center", "Value": "skin-lesion"}]
 
     def section(name):
@@ -184,12 +188,16 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
         """The steps that make the shards, `prepare` last. With several hosts each of them decodes its own part of the
         files first: they join through S3, because the hosts of a Processing job that is isolated cannot speak."""
         raw, steps = input_data, []
+        if captured and aws["prepare_instances"] > 1:
+            raise ValueError("Captured pictures are decoded by one host: set aws.prepare_instances = 1.")
         if (hosts := aws["prepare_instances"]) > 1:
             size = {"image_size": section("data")["image_size"]}
             steps = [processing("decode", {"raw": raw}, ["decoded"], size, hours=6, instances=hosts)]
             raw = output(steps[0], "decoded")
         outputs = ["train", "validation", "test", "table"]
-        return [*steps, processing("prepare", {"raw": raw}, outputs, section("data"), hours=6)]
+        # SageMaker's cache key knows addresses and not what lies there: more is captured at the same address
+        cache = {"cache_config": None} if captured else {}
+        return [*steps, processing("prepare", {"raw": raw} | captured, outputs, section("data"), hours=6, **cache)]
 
     def channels(prepare):
         return [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
@@ -261,10 +269,19 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
         aws=aws,
         volume_key=volume_key,
         parameter=parameter,
-        places=[input_data, champion_data, unknown_data, image, role, processing_instance, training_instance],
+        places=[
+            input_data,
+            *captured.values(),
+            champion_data,
+            unknown_data,
+            image,
+            role,
+            processing_instance,
+            training_instance,
+        ],
         image=image,
         champion=champion_data,
-        captures=f"{captures}/{settings['serving.endpoint'].value}",
+        captures=captures,
         role=role,
         session=session,
         tags=tags,

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['set_option', 'folder_argument', 'ALARM', 'Refusals', 'main', 'settings', 'Place', 'data', 'data_list', 'data_check',
-           'data_sample', 'data_unknown', 'data_download', 'data_upload', 'data_duplicates', 'data_features',
-           'compile_', 'run_', 'search', 'runs', 'report', 'step', 'doctor', 'cost', 'models', 'approve', 'predict',
-           'batch', 'deploy', 'teardown', 'serve', 'retrain', 'watch', 'schedule', 'simulate', 'monitor']
+           'data_sample', 'data_unknown', 'data_download', 'data_captured', 'data_upload', 'data_duplicates',
+           'data_features', 'compile_', 'run_', 'search', 'runs', 'report', 'step', 'doctor', 'cost', 'models',
+           'approve', 'predict', 'batch', 'deploy', 'teardown', 'serve', 'retrain', 'watch', 'schedule', 'simulate',
+           'monitor']
 
 # %% ../nbs/90_cli.ipynb #f88be0ee
 import json
@@ -134,6 +135,16 @@ def data_download(name, output_dir, accept_license):
     click.echo(f'{name} is in {output_dir/name}')
 
 
+@data.command('captured')
+@click.option('--capture', required=True, type=Place(exists=True, file_okay=False, path_type=Path), help='Captured requests, with their pictures (setting serving.capture_pictures).')
+@click.option('--labels', required=True, type=Place(exists=True, path_type=Path), help="Diagnoses in SageMaker's ground-truth format: a .jsonl file or a folder of them.")
+@click.option('--out', type=click.Path(path_type=Path), default=Path('data/raw/captured'), show_default=True, help='What it wrote there before is replaced.')
+def data_captured(capture, labels, out):
+    "Writes the captured pictures that have a diagnosis as the data set captured, to train on beside another: --dataset ham10000,captured."
+    from skin_lesion.monitoring.collect import collect
+    for reason, count in collect(capture, labels, out).items(): click.echo(f'{reason:18}{count:8,}')
+
+
 @data.command('upload')
 @click.argument('folder', type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option('--bucket', help='Setting aws.bucket when left out.')
@@ -257,7 +268,7 @@ def compile_(pipeline, out, pairs):
 @click.argument('pipeline')
 @click.option('--on', 'place', type=click.Choice(['local', 'containers', 'sagemaker']), default='local', show_default=True,
               help="Processes of this machine, the steps' image (setting aws.image_uri) in podman, or the account.")
-@click.option('--dataset', help='sample, ham10000, isic2019, bcn20000, own, or several with commas between them (setting data.dataset).')
+@click.option('--dataset', help='sample, ham10000, isic2019, bcn20000, own, or several with commas between them, captured too (setting data.dataset).')
 @click.option('--data-dir', help='Folder of the downloaded data set, or its s3:// address.')
 @click.option('--unknown-dir', help='Folder of pictures that are no dermoscopy, or its s3:// address; drawn ones when left out.')
 @click.option('--allow-missing', is_flag=True, help='Go on although files that the tables name are not there.')
@@ -532,13 +543,14 @@ def _variables(loaded: dict) -> dict[str, str]:
 @click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
 @click.option('--force', is_flag=True, help='Pass all guards but the first: that no other retraining runs.')
 @click.option('--data-dir', help='Folder of the downloaded data set.')
-@click.option('--capture', type=folder_argument, help='Captured requests with pictures, for the comparison on the newest window.')
+@click.option('--capture', type=folder_argument, help='Captured requests with pictures, for the comparison on the newest window and the data set captured.')
 @click.option('--labels', type=click.Path(exists=True), help="Ground truth in SageMaker's format (setting retrain.labels).")
 @set_option
 def retrain(reason, event, place, force, data_dir, capture, labels, pairs):
     """Trains again, if the guards allow it, and lets the challenger take over if it is not worse than the champion.
 
-    An endpoint on this machine then serves it. The guards are settings of section retrain. What was asked, answered and decided is in runs/retraining.jsonl."""
+    With --set data.dataset=ham10000,captured it learns from what was captured and labelled, too; a quarter of that is held for the comparison.
+    An endpoint on this machine then serves what took over. The guards are settings of section retrain. What was asked, answered and decided is in runs/retraining.jsonl."""
     import getpass
     from datetime import datetime
 
@@ -577,13 +589,15 @@ def watch(capture, labels, minutes, data_dir, pairs):
     The guards of section retrain see to it that an alarm that lasts does not train twice."""
     from skin_lesion.execution.retrain import stopped_by_signals
     from skin_lesion.execution.retrain import watch as watch_here
+    from skin_lesion.settings import pipeline_settings
     loaded = load_settings(_overrides(pairs))
     command = [sys.executable, '-c', 'from skin_lesion.cli import main; main()']
-    settings_ = [word for pair in pairs for word in ('--set', pair)]
+    others = {name for name in pipeline_settings(loaded) if not name.startswith('monitoring.')}  # which the monitor has no use for, and refuses
+    words = lambda pairs: [word for pair in pairs for word in ('--set', pair)]
     known = lambda: ['--labels', str(labels)] if labels and labels.exists() else []
-    monitor = lambda: [*command, 'monitor', '--capture', str(capture), *known(), *settings_]
-    retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *settings_, *(['--data-dir', data_dir] if data_dir else [])]
-    rounds = watch_here(monitor, Path(loaded['local.runs'].value)/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
+    monitor = lambda: [*command, 'monitor', '--capture', str(capture), *known(), *words(pair for pair in pairs if pair.split('=')[0] not in others)]
+    retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *words(pairs), *(['--data-dir', data_dir] if data_dir else [])]
+    rounds = watch_here(monitor, Path(loaded['local.runs'].value)/'monitoring'/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
     click.echo(f'stopped after {rounds} rounds')
 
 # %% ../nbs/90_cli.ipynb #5f19f20b

@@ -32,7 +32,7 @@ def real(name):
 
 def adds_up(table, accounting):
     assert accounting["kept"] == len(table)
-    assert accounting["kept"] + sum(len(accounting[r]) for r in REJECTED) == accounting["rows"]
+    assert accounting["kept"] + sum(len(accounting.get(r, ())) for r in REJECTED) == accounting["rows"]
     assert set(table.image_id).isdisjoint(accounting["missing_file"] + accounting["unknown_label"])
     TABLE.validate(table)
 
@@ -259,13 +259,9 @@ def test_images_in_hidden_folders_and_other_files_do_not_count(tmp_path):
 
 def test_mappings_lead_into_the_classes():
     assert set(ARCHIVE_DIAGNOSES.values()) == set(DIAGNOSES)
-    assert {n: len(classes_of(n)) for n in DATASETS} == {
-        "sample": 7,
-        "ham10000": 7,
-        "isic2019": 8,
-        "bcn20000": 8,
-        "own": 8,
-    }
+    sizes = {n: len(classes_of(n)) for n in DATASETS if n != "captured"}
+    assert sizes == {"sample": 7, "ham10000": 7, "isic2019": 8, "bcn20000": 8, "own": 8}
+    assert classes_of("isic2019,captured") == classes_of("isic2019")
     assert "dx_type" not in TABLE.columns
 
 

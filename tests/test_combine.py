@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from skin_lesion.data.catalog import TABLE, account_counts, read_dataset
-from skin_lesion.data.combine import drop_copies, image_key, merge_tables, read_datasets
+from skin_lesion.data.combine import drop_copies, drop_seen, held, image_key, merge_tables, read_datasets
 from skin_lesion.data.duplicates import near_duplicates
 from skin_lesion.data.sample import write_sample
 from skin_lesion.data.shards import Shards, drop_unreadable, pack_images, write_shards
@@ -88,6 +88,52 @@ def test_a_photograph_under_two_names_is_counted_once(tmp_path):
     parts = [Shards(write_shards(split[split.split == p], packed, tmp_path / p)) for p in PARTS]
     check_proof(prove_split(split, pairs), *(p.rows for p in parts))
     assert {p.dataset for p in parts} == {"isic2019,bcn20000"} and {len(p.classes) for p in parts} == {8}
+
+
+def captured_from(folders, out):
+    """A data set of captured pictures: JPEG copies of those of other samples, as a dermatoscope's app would send them."""
+    (out / "pictures").mkdir(parents=True)
+    rows = []
+    tables = [read_dataset("sample", folder)[0].assign(folder=folder) for folder in folders]
+    for n, row in enumerate(pd.concat(tables).itertuples()):
+        name = f"captured-{n:04x}{n % 16:x}"
+        cv2.imwrite(str(out / "pictures" / f"{name}.jpg"), cv2.imread(str(row.folder / row.path)))
+        shows = f"{row.folder.name} {row.image_id}"
+        rows.append({"image_id": name, "diagnosis": row.diagnosis, "source": "captured", "shows": shows})
+    table = pd.DataFrame(rows)
+    table.assign(lesion_id=None, patient_id=None, age=None, sex=None, site=None).to_csv(
+        out / "metadata.csv", index=False
+    )
+    return table.set_index("image_id").shows
+
+
+def test_captured_pictures_are_trained_on_and_the_test_stays(tmp_path):
+    """Every picture of the data set was captured again, and so were those of new lesions; only some of these may be used."""
+    raw = tmp_path / "raw"
+    mine, new = write_sample(raw / "sample", lesions=24, seed=1), write_sample(tmp_path / "new", lesions=12, seed=2)
+    shows = captured_from([mine, new], raw / "captured")
+    table, accounting = read_datasets("sample,captured", raw)
+    packed = pack_images(table, raw, 64, tmp_path / "work")
+    table, prints, accounting = drop_unreadable(table, packed, accounting, False)
+    given = int((table.dataset == "sample").sum())
+    pairs = near_duplicates(prints[:given])
+    alone = split_table(table[:given], pairs, 0.2, 0.2, 1)
+    table, prints, pairs, accounting = drop_seen(*drop_copies(table, prints, pairs, accounting))
+    assert account_counts(accounting)["kept"] == len(table) == len(prints)
+    left = table.image_id[table.dataset == "captured"]
+    assert len(left) > 0 and not held(left).any() and not shows[left].str.startswith("sample ").any()
+    assert set(accounting["held"]) == set(shows.index[held(shows.index.to_series())])
+    split = split_table(table, pairs, 0.2, 0.2, 1)
+    assert split.split[:given].tolist() == alone.split.tolist() and set(split.split[given:]) == {"train"}
+    parts = [Shards(write_shards(split[split.split == p], packed, tmp_path / p)) for p in PARTS]
+    proof, before = prove_split(split, pairs), prove_split(alone, pairs[(pairs < given).all(axis=1)])
+    check_proof(proof, *(p.rows for p in parts))
+    assert {p: proof["sha256"][p] == before["sha256"][p] for p in PARTS} == {
+        "train": False,
+        "validation": True,
+        "test": True,
+    }
+    assert parts[0].dataset == "sample,captured" and parts[0].synthetic and len(parts[0].classes) == 7
 
 
 @pytest.mark.slow

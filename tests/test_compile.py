@@ -98,6 +98,24 @@ def test_with_several_hosts_prepare_reads_what_they_have_decoded(definition):
     assert [s["Name"] for s in spread["Steps"][1:]] == [s["Name"] for s in definition["Steps"]]
 
 
+def test_captured_pictures_are_inputs_of_prepare_which_is_never_answered_from_the_cache(definition):
+    """What is captured changes under one address, and SageMaker's cache looks at addresses."""
+    settings = load_settings({"data.dataset": "ham10000,captured", "serving.capture": "s3://captures"}, environ={})
+    beside = json.loads(compile_pipeline("training", settings))
+    assert unsafe_jobs(beside) == [] and validate(beside) == []
+    prepare = beside["Steps"][0]
+    inputs = {i["InputName"]: i["S3Input"]["S3Uri"]["Get"] for i in prepare["Arguments"]["ProcessingInputs"]}
+    assert inputs == {
+        n: f"Parameters.{p}Data" for n, p in (("raw", "Input"), ("captures", "Capture"), ("labels", "Labels"))
+    }
+    assert "CacheConfig" not in prepare and "CacheConfig" in definition["Steps"][0]
+    defaults = {p["Name"]: p["DefaultValue"] for p in beside["Parameters"]}
+    assert defaults["CaptureData"] == "s3://captures/skin-lesion"
+    several = load_settings({"data.dataset": "ham10000,captured", "aws.prepare_instances": "2"}, environ={})
+    with pytest.raises(ValueError, match="aws.prepare_instances = 1"):
+        compile_pipeline("training", several)
+
+
 def test_every_pipeline_setting_is_a_parameter_and_reaches_a_step(definition):
     names = {p["Name"] for p in definition["Parameters"]}
     for name in pipeline_settings(load_settings(environ={})):

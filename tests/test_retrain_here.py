@@ -4,10 +4,12 @@ import json
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import TINY, Project, colours_package
+from conftest import TINY, Project, Served, colours_package
 
 from skin_lesion.cloud.deploy import (
     approved,
@@ -19,6 +21,7 @@ from skin_lesion.cloud.deploy import (
 )
 from skin_lesion.cloud.registry import approve, register
 from skin_lesion.execution.retrain import serve_promoted
+from skin_lesion.monitoring.example import write_example
 from skin_lesion.monitoring.retrain import read_record
 from skin_lesion.serving.package import pack
 from skin_lesion.settings import load_settings
@@ -106,3 +109,78 @@ def test_watch_ends_on_sigterm(project):
     assert "round 1: the monitor ended with exit code" in first, first
     watching.send_signal(signal.SIGTERM)
     assert watching.wait(30) == 0 and "stopped after 1 rounds" in watching.stdout.read()
+
+
+def watched(project, until, *words, seconds=280):
+    """The lines of a watch, which is ended when one of them says `until`."""
+    command = project.command("watch", "--minutes", "10", *words)
+    watching = subprocess.Popen(
+        command, cwd=project.work, env=project.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    timer = threading.Timer(seconds, watching.terminate)  # which ends what it started, too
+    timer.start()
+    lines = []
+    for line in watching.stdout:
+        lines.append(line)
+        if until in line or "no reason to retrain" in line:
+            watching.send_signal(signal.SIGTERM)
+    timer.cancel()
+    assert watching.wait(30) == 0 and any(until in line for line in lines), "".join(lines)[-3000:]
+    return lines
+
+
+def test_watch_takes_a_lasting_alarm_to_the_guards_and_tells_their_refusal(project):
+    """The real monitor on captured requests that are out of focus; the last retraining is an hour old."""
+    example = write_example(project.work / "example", days=2, blurred=2, lesions=110)
+    root = project.work / "runs"
+    register(example / "package" / "model.tar.gz", {"ModelPackageGroupName": "skin-lesion"}, root)
+    approve(root, 1, reason="for this test")
+    hour = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+    started = {"time": hour, "id": "before", "event": "started", "labels": 0}
+    ended = {"time": hour, "id": "before", "event": "ended", "outcome": "kept", "says": "no better"}
+    (root / "retraining.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (started, ended)))
+    data = ("--data-dir", example / "sample")
+    loose = ("--set", "retrain.new_labels=0", "--set", "train.epochs=1")
+    lines = watched(project, "not retrained", "--capture", example / "capture", *loose, *data, seconds=120)
+    assert any("round 1: drift: drift that lasts: " in line and "sharpness" in line for line in lines), lines
+    refused = read_record(str(root / "retraining.jsonl"))[-1]
+    assert (
+        refused["event"] == "refused"
+        and refused["reason"]["kind"] == "drift"
+        and refused["reason"]["by"] == "skin-lesion"
+    )
+    assert "cool-down: the last one ended 1.0 h ago, 72 h must have passed" in refused["says"]
+    assert not list(root.glob("*/steps.json"))
+
+
+@pytest.mark.slow  # two trainings
+@pytest.mark.timeout(900)
+def test_watch_retrains_on_what_a_server_captured_and_the_frozen_test_stays(project):
+    """A server captures blurred requests, their diagnoses come back, and `watch` finds the drift and trains on them, too."""
+    sample = ("--set=data.validation_share=0.4", "--set=data.test_share=0.2", "--set=monitoring.window_hours=0.0006")
+    for folder, lesions, seed in (("raw/sample", 150, 1), ("clinic", 60, 2)):
+        made = project.cli("data", "sample", "--out", folder, "--lesions", lesions, "--seed", seed)
+        assert made.returncode == 0, made.stderr
+    done = project.cli(*project.tiny_run("--data-dir", "raw/sample", *sample[:2], data__image_size="64"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert project.cli("approve", "1", "--reason", "first").returncode == 0
+    frozen = json.loads((project.work / "runs" / "latest" / "split_proof.json").read_text())
+    captured = ("--capture", str(project.work / "captured"), "--set", "serving.capture_pictures=true")
+    with Served(project.work / "runs" / "latest" / "model.tar.gz", *captured) as server:
+        send = ("simulate", server.url, "clinic", "--rate", "25", "--seconds", "10", "--drift", "blur")
+        sent = project.cli(*send, "--dataset", "sample", "--labels", "labels.jsonl")
+        assert sent.returncode == 0 and "200: 250" in sent.stdout, sent.stdout + sent.stderr
+    pairs = TINY | OPEN | {"data.dataset": "sample,captured", "data.image_size": "64"}
+    places = ("--capture", "captured", "--labels", "labels.jsonl", "--data-dir", "raw")
+    words = [*places, *sample, *(f"--set={name}={value}" for name, value in pairs.items())]
+    lines = watched(project, "Version 2 ", *words, seconds=600)
+    assert any("round 1: drift: " in line for line in lines), lines
+    [started, ended] = read_record(str(project.work / "runs" / "retraining.jsonl"))
+    assert started["reason"]["kind"] == "drift" and started["labels"] == 250
+    assert ended["version"] == 2 and "newest window: " in ended["says"] and "not compared" not in ended["says"], ended
+    again = json.loads((project.work / "runs" / "latest" / "split_proof.json").read_text())
+    for part in ("validation", "test"):
+        assert again["sha256"][part] == frozen["sha256"][part], part
+    assert again["images"]["train"] > frozen["images"]["train"] and set(again["shared"].values()) == {0}
+    evaluation = json.loads((project.work / "runs" / "latest" / "evaluation.json").read_text())
+    assert evaluation["model"]["dataset"] == "sample,captured" and evaluation["synthetic"]

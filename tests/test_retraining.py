@@ -17,6 +17,7 @@ from conftest import ROOT
 
 from skin_lesion.evaluation.gate import compare_with_champion, gate
 from skin_lesion.monitoring.retrain import read_record
+from skin_lesion.monitoring.windows import read_history
 
 BUCKET, GROUP = "skin-lesion", "skin-lesion"
 LAMBDAS = ROOT / "terraform" / "lambdas"
@@ -30,6 +31,7 @@ SETTINGS = {
     "SKIN_LESION_SERVING_CAPTURE": f"s3://{BUCKET}/capture",
     "SKIN_LESION_DATA_DATASET": "ham10000",
     "STATE_MACHINE_ARN": MACHINE,
+    "METRICS_NAMESPACE": "skin-lesion",
 }
 DRIFT = {
     "endpoint": "skin-lesion",
@@ -88,7 +90,7 @@ def account(tmp_path, zips, monkeypatch):
         )
     )
     events = account.client("events")
-    for name in ("asked", "approved"):
+    for name in ("asked", "approved", "written"):
         events.put_rule(Name=name, EventPattern=json.dumps(rules[name]))
         events.put_targets(Rule=name, Targets=[{"Id": "machine", "Arn": MACHINE}])
     sagemaker = account.client("sagemaker")
@@ -213,6 +215,26 @@ def test_drift_trains_compares_approves_and_deploys_and_a_second_alarm_is_refuse
     assert [line["event"] for line in record(account, monkeypatch)] == ["started", "ended", "refused"]
     sent = messages(account)
     assert len(sent) == 2 and "Version 2 is approved" in sent[0] and "The approved version serves" in sent[1]
+
+
+def test_what_an_isolated_monitor_writes_starts_it_and_the_next_run_finds_the_windows(account, tmp_path):
+    """Its job reaches no service: S3 tells EventBridge of event.json, which the state machine and a function hear."""
+    s3, place = account.client("s3"), "runs/e1/monitor/monitor"
+    s3.put_bucket_notification_configuration(Bucket=BUCKET, NotificationConfiguration={"EventBridgeConfiguration": {}})
+    days = [f"2026-03-0{day}T00:00:00+00:00" for day in range(1, 5)]
+    windows = [{"start": a, "end": b, "alarm": b == days[-1]} for a, b in zip(days, days[1:])]
+    drift = {"endpoint": "skin-lesion", "windows": [w | {"aspects": [], "pictures": 40} for w in windows]}
+    event = {"source": "skin-lesion.monitor", "detail": DRIFT | {"lasting": False}}
+    for name, text in {"drift.json": json.dumps(drift), "metrics.jsonl": "", "event.json": json.dumps(event)}.items():
+        s3.put_object(Bucket=BUCKET, Key=f"{place}/{name}", Body=text)
+    done = ended(account, "written-")
+    assert done["status"] == "SUCCEEDED" and "no drift that lasts" in json.loads(done["output"])["says"], done
+    answer = account.client("lambda").invoke(FunctionName="publish_metrics", Payload=done["input"])
+    kept = json.load(answer["Payload"])["history"]
+    assert kept.startswith("monitoring/skin-lesion/") and kept.endswith("-e1.json")
+    s3.download_file(BUCKET, kept, str(tmp_path / "kept.json"))
+    assert read_history(tmp_path, days[-1]) == windows
+    assert read_history(tmp_path, days[1]) == windows[:1], "what the next run decides anew is its own"
 
 
 def test_an_alarm_that_does_not_last_is_no_reason(account, monkeypatch):

@@ -128,6 +128,7 @@ def test_the_champion_is_the_newest_approved_package_at_an_address_of_its_own(aw
     assert json.loads(read(address, "champion.json")["Body"].read()) == {"version": 2}
     model = read(address, "model.tar.gz")
     assert model["Body"].read() == b"second" and model["SSEKMSKeyId"].endswith("alias/skin-lesion")
+    assert read(PREFIX, "model.tar.gz")["Body"].read() == b"second", "where the scheduled monitor finds it"
     sagemaker.update_model_package(ModelPackageArn=second, ModelApprovalStatus="Rejected")
     address = publish()
     assert address == f"{PREFIX}/1" and read(address, "model.tar.gz")["Body"].read() == b"first"

@@ -388,10 +388,12 @@ def test_the_figures_of_a_monitoring_run_are_published_for_the_alarms(resources,
         s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
         body = "".join(json.dumps(line) + "\n" for line in lines)
         s3.put_object(Bucket="bucket", Key="runs/e/monitor/monitor/metrics.jsonl", Body=body.encode())
+        s3.put_object(
+            Bucket="bucket", Key="runs/e/monitor/monitor/drift.json", Body=b'{"endpoint": "a", "windows": []}'
+        )
         key = "runs/e/monitor/monitor/event.json"
-        assert publish.handler({"detail": {"bucket": {"name": "bucket"}, "object": {"key": key}}}, None) == {
-            "published": len(lines)
-        }
+        answer = publish.handler({"detail": {"bucket": {"name": "bucket"}, "object": {"key": key}}}, None)
+        assert answer["published"] == len(lines)
         found = {
             (m["MetricName"], tuple((d["Name"], d["Value"]) for d in m["Dimensions"]))
             for m in cloudwatch.list_metrics(Namespace="skin-lesion")["Metrics"]

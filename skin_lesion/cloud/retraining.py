@@ -52,11 +52,11 @@ def _parameters(stage: str, training: str | None, settings: dict) -> dict[str, s
     bucket, group, dataset = (settings[n].value for n in ('aws.bucket', 'aws.model_package_group', 'data.dataset'))
     sagemaker, s3 = boto3.client('sagemaker'), boto3.client('s3')
     champion = publish_champion(f's3://{bucket}/champion/{group}', settings['aws.kms_key'].value, sagemaker, s3)
+    captured = {'CaptureData': f'{settings["serving.capture"].value}/{settings["serving.endpoint"].value}', 'LabelsData': settings['retrain.labels'].value}
     if stage == 'training':
-        return {'ChampionData': champion, 'DataDataset': dataset, 'InputData': f's3://{bucket}/raw' + (f'/{dataset}' if ',' not in dataset else '')}
-    if stage == 'window':
-        return {'ChampionData': champion, 'ChallengerData': challenger(_execution_id(training), settings)['package'].rsplit('/', 1)[0],
-                'CaptureData': f'{settings["serving.capture"].value}/{settings["serving.endpoint"].value}', 'LabelsData': settings['retrain.labels'].value}
+        return {'ChampionData': champion, 'DataDataset': dataset, 'InputData': f's3://{bucket}/raw' + (f'/{dataset}' if ',' not in dataset else '')} | (
+            captured if 'captured' in dataset.split(',') else {})
+    if stage == 'window': return {'ChampionData': champion, 'ChallengerData': challenger(_execution_id(training), settings)['package'].rsplit('/', 1)[0]} | captured
     return {'ChampionData': champion, 'DeployPlace': 'sagemaker'}
 
 

@@ -107,7 +107,8 @@ def publish_champion(
     if approved:
         package = sagemaker.describe_model_package(ModelPackageName=approved[0]['ModelPackageArn'])
         source = package['InferenceSpecification']['Containers'][0]['ModelDataUrl'].removeprefix('s3://').split('/', 1)
-        s3.copy({'Bucket': source[0], 'Key': source[1]}, bucket, f'{key}/model.tar.gz', ExtraArgs=encryption)
+        for place in (key, key.rsplit('/', 1)[0]):  # the second for the monitor, which the calendar starts without parameters
+            s3.copy({'Bucket': source[0], 'Key': source[1]}, bucket, f'{place}/model.tar.gz', ExtraArgs=encryption)
     s3.put_object(Bucket=bucket, Key=f'{key}/champion.json', Body=json.dumps({'version': version}).encode(), **encryption)
     return f's3://{bucket}/{key}'
 

@@ -12,14 +12,14 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .catalog import TABLE, by_name, image_paths, names_in, read_dataset
-from .duplicates import similarity
+from .catalog import TABLE, by_name, classes_of, image_paths, names_in, read_dataset
+from .duplicates import near_duplicates, similarity
 
 # %% auto #0
-__all__ = ['AUTHORITY', 'image_key', 'join_lesions', 'merge_tables', 'read_datasets', 'drop_copies']
+__all__ = ['AUTHORITY', 'image_key', 'join_lesions', 'merge_tables', 'read_datasets', 'drop_copies', 'held', 'drop_seen']
 
 # %% ../../nbs/data/01a_combine.ipynb #c0b10006
-AUTHORITY = ('own', 'isic2019', 'bcn20000', 'ham10000', 'sample')
+AUTHORITY = ('own', 'isic2019', 'bcn20000', 'ham10000', 'sample', 'captured')
 
 
 def image_key(
@@ -72,7 +72,7 @@ def read_datasets(
                          f'{", ".join(names)}; move them there, or name the folder that holds them (--data-dir)')
     names = sorted(names, key=AUTHORITY.index)
     files = {image: f'{n}/{path}' for n in reversed(names) for image, path in by_name(_below(n, paths)).items()}
-    tables, accountings = zip(*(read_dataset(n, folder/n, files) for n in names))
+    tables, accountings = zip(*(read_dataset(n, folder/n, files, classes_of(dataset)) for n in names))
     table, repeated = merge_tables(tables)
     total = {k: sum((a[k] for a in accountings), type(v)()) for k, v in accountings[0].items() if k != 'dataset'}
     return TABLE.validate(table), {'dataset': dataset} | total | {
@@ -101,3 +101,31 @@ def drop_copies(
     accounting = accounting | {'kept': accounting['kept'] - len(ids), 'repeated': accounting['repeated'] + ids,
                                'without_lesion': [i for i in accounting['without_lesion'] if i not in set(ids)]}
     return table, prints[~gone], (np.cumsum(~gone) - 1)[pairs[~lost]], accounting
+
+# %% ../../nbs/data/01a_combine.ipynb #c0b10011
+def held(
+    image_id: pd.Series,  # of captured pictures
+) -> pd.Series:           # bool
+    "Whether a captured picture is kept for comparing models: one in four."
+    return image_id.str[-1].isin(list('0123'))
+
+
+def drop_seen(
+    table: pd.DataFrame,  # of `drop_copies`
+    prints: np.ndarray,   # (N, F), the fingerprints of its rows
+    pairs: np.ndarray,    # (P, 2), positions of near-duplicates that are not captured
+    accounting: dict,     # of `drop_copies`
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, dict]:  # the same, without these pictures and with the pairs of the captured ones
+    "Leaves out captured pictures that are held, and those that the data set or a held one shows, too."
+    captured = (table.dataset == 'captured').to_numpy()
+    if not captured.any(): return table, prints, pairs, accounting
+    kept_back = captured & held(table.image_id).to_numpy()
+    more = near_duplicates(prints)
+    more = more[captured[more].any(axis=1)]
+    _, component = connected_components(coo_array((np.ones(len(more)), tuple(more.T)), shape=(len(table),)*2), directed=False)
+    gone = captured & np.isin(component, component[~captured | kept_back])
+    out = {'held': table.image_id[kept_back].tolist(), 'repeated': accounting['repeated'] + table.image_id[gone & ~kept_back].tolist()}
+    lost = set(table.image_id[gone])
+    accounting = accounting | out | {'kept': accounting['kept'] - len(lost), 'without_lesion': [i for i in accounting['without_lesion'] if i not in lost]}
+    place, stays = np.cumsum(~gone) - 1, np.concatenate([pairs, more])
+    return table[~gone].reset_index(drop=True), prints[~gone], place[stays[~gone[stays].any(axis=1)]], accounting

@@ -80,6 +80,8 @@ def split_table(
     seed: int,
 ) -> pd.DataFrame:  # the table with the columns group and split
     "Puts whole groups into train, validation and test, stratified by diagnosis; the order of the rows does not matter."
+    captured = table.get('dataset', pd.Series('', table.index)).eq('captured').to_numpy()
+    if captured.any(): return _beside(table, pairs, captured, validation_share, test_share, seed)
     shares = np.array([1 - validation_share - test_share, validation_share, test_share])
     if (shares <= 0).any():
         raise ValueError(f'validation_share is {validation_share} and test_share {test_share}; each must be above 0 and their '
@@ -95,6 +97,16 @@ def split_table(
         raise ValueError(f'nothing was left for {", ".join(sorted(absent))}: {len(table)} images are only {len(groups)} groups; '
                          'raise data.validation_share and data.test_share, or take more images')
     return table.assign(split=table.group.map(split))
+
+
+def _beside(table: pd.DataFrame, pairs: np.ndarray, captured: np.ndarray, *how) -> pd.DataFrame:
+    "The split that there would be without the captured pictures, which go to train."
+    parts, pairs = [], np.asarray(pairs, np.int64).reshape(-1, 2)
+    for here in (~captured, captured):
+        place, inside = np.cumsum(here) - 1, here[pairs].all(axis=1)
+        parts.append((table[here].reset_index(drop=True), place[pairs[inside]]))
+    (mine, of_mine), (theirs, of_theirs) = parts
+    return pd.concat([split_table(mine, of_mine, *how), theirs.assign(group=group_images(theirs, of_theirs), split='train')], ignore_index=True)
 
 # %% ../../nbs/data/05_splits.ipynb #e79d156e
 def random_split_leak(

@@ -48,9 +48,10 @@ def data_folder(
     "The folder of a data set's files. Raises `ValueError` with the remedy for an unknown name or a missing folder."
     from skin_lesion.data.catalog import about   # a second to import, and a resumed run needs no data set
     about(dataset)
-    if given is None and dataset == 'sample':
+    if given is None and 'sample' in dataset.split(','):
         from skin_lesion.data.sample import write_sample   # draws with OpenCV, which no other data set needs here
-        return write_sample(Path('data/raw/sample'))
+        drawn = write_sample(Path('data/raw/sample'))
+        return drawn if dataset == 'sample' else drawn.parent
     if str(given).startswith('s3://'):
         from skin_lesion.cloud.upload import fetch   # only then is S3 needed
         given = fetch(given)

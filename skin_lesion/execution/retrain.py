@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..cloud.deploy import approved, deploy_locally, read_endpoint
 from ..cloud.registry import approve, champion, read_package, versions
-from .local import run_locally
+from .local import data_folder, run_locally
 from .runs import find_run, read_state
 from ..monitoring.retrain import ask, count_labels, ended, limits_of, reason_of, verdict
 
@@ -64,10 +64,14 @@ def train(
     line: dict,      # of `begin`
     settings: dict,
     data_dir: str | Path | None = None,  # folder of the data set
+    captures: str | Path | None = None,  # folder of captured requests with pictures, for the data set `captured`
 ) -> Path:           # the run's folder
-    "Runs the training pipeline. Raises `RuntimeError` when it fails; the champion serves on."
+    "Runs the training pipeline. Captured pictures with a diagnosis are collected first, where the data set says so. Raises `RuntimeError` when it fails; the champion serves on."
     root = Path(settings['local.runs'].value)
     with on_record(line, settings):
+        if captures and 'captured' in settings['data.dataset'].value.split(','):
+            from skin_lesion.monitoring.collect import collect   # which `watch` needs not
+            print('captured:', dict(collect(Path(captures), Path(settings['retrain.labels'].value), data_folder(settings['data.dataset'].value, data_dir)/'captured')))
         code = run_locally('training', settings, data_dir)
         if code: raise RuntimeError(read_state(find_run(root)).get('FailureReason', f'the pipeline ended with exit code {code}'))
     return find_run(root)

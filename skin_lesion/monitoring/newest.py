@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from ..data.combine import held
 from ..data.images import to_square
 from ..evaluation.metrics import paired_difference
 from .captures import Refused, read_line
+from .collect import captured_id
 from .drift import FEWEST
 from .quality import read_labels
 from ..serving.formats import Refusal, parse
@@ -32,14 +35,16 @@ class Labelled(NamedTuple):
     events: np.ndarray  # (N,), ids of the requests
 
 
-def _sent(line: bytes, size: int, known: dict) -> tuple[str, list]:
-    "The event's id and the pictures of a captured line; none where it has no label, or the picture was not kept or cannot be used."
+def _sent(line: bytes, size: int, known: dict) -> tuple[str, list, list]:
+    "The event's id, the pictures of a captured line and their names; none where it has no label, or the picture was not kept or cannot be used."
     try:
         event, _, _, _ = read_line(line, datetime.max.replace(tzinfo=UTC))
         sent = json.loads(line)['captureData']['endpointInput']
-        if event not in known or sent['encoding'] != 'BASE64': return event, []   # most have no label: nothing is decoded
-        return event, [a.picture for a in parse(sent['observedContentType'], base64.b64decode(sent['data']), size).asked]
-    except (Refused, Refusal, ValueError): return '', []
+        if event not in known or sent['encoding'] != 'BASE64': return event, [], []   # most have no label: nothing is decoded
+        body = base64.b64decode(sent['data'])
+        pictures = [a.picture for a in parse(sent['observedContentType'], body, size).asked]
+        return event, pictures, [captured_id(body, n) for n in range(len(pictures))]
+    except (Refused, Refusal, ValueError): return '', [], []
 
 
 def newest_labelled(
@@ -48,16 +53,17 @@ def newest_labelled(
     classes: list[str],  # of the models
     size: int,           # S, pixels
     most: int = 500,     # pictures
+    only_held: bool = False,  # those that no training has seen
 ) -> Labelled:
     "The newest labelled pictures, at most so many."
     known, images, y, events = read_labels(labels, classes).of, [], [], []
     paths = sorted(captures.rglob('*.jsonl'), key=lambda p: (p.parent.as_posix(), p.name), reverse=True)
     for line in (line for path in paths for line in reversed(path.read_bytes().splitlines())):
         if len(y) >= most: break
-        event, pictures = _sent(line, size, known)
+        event, pictures, names = _sent(line, size, known)
         if event in events: continue
-        for picture, diagnosis in zip(pictures, known.get(event, ())):
-            if picture is None or diagnosis < 0: continue
+        for picture, diagnosis, kept in zip(pictures, known.get(event, ()), held(pd.Series(names, dtype=str))):
+            if picture is None or diagnosis < 0 or only_held and not kept: continue
             images.append(to_square(picture.pixels, size)), y.append(diagnosis), events.append(event)
     return Labelled(np.array(images, np.uint8).reshape(-1, size, size, 3), np.array(y, int), np.array(events, str))
 
@@ -74,9 +80,9 @@ def on_newest(
     if champion is None: return {'difference': None, 'pictures': 0, 'reason': 'there is no champion'}
     models = [Predictor(challenger), Predictor(champion)]
     if models[0].classes != models[1].classes: return {'difference': None, 'pictures': 0, 'reason': 'they know other classes'}
-    answers = []
+    only_held, answers = any('captured' in m.model['dataset'].split(',') for m in models), []
     for model in models:
-        window = newest_labelled(captures, labels, model.classes, model.image_size, most)
+        window = newest_labelled(captures, labels, model.classes, model.image_size, most, only_held)
         if len(window.y) < FEWEST: return {'difference': None, 'pictures': len(window.y), 'reason': f'{len(window.y)} pictures are labelled, {FEWEST} are needed'}
         answers.append(model.probabilities(window.images))
     d = paired_difference(*answers, window.y, window.events, bootstrap)

@@ -347,6 +347,16 @@ resource "aws_scheduler_schedule" "monitoring" {
   }
 }
 
+# SageMaker refuses an input under which nothing lies: until there are labels and a history, these stand in.
+resource "aws_s3_object" "kept" {
+  for_each               = local.monitors ? toset(["labels", "monitoring"]) : toset([])
+  bucket                 = var.buckets.processed
+  key                    = "${each.value}/${var.endpoint_name}/.keep"
+  content                = "\n"
+  server_side_encryption = "aws:kms"
+  kms_key_id             = var.data_key_arn
+}
+
 # By hand: POST /retrain {"reason": "..."}, signed with the caller's credentials.
 resource "aws_apigatewayv2_api" "this" {
   count         = local.retrains ? 1 : 0

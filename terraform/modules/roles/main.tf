@@ -110,8 +110,9 @@ locals {
         Resource  = [local.role.pipeline, local.role.deploy, local.role.monitor]
         Condition = { StringEquals = { "iam:PassedToService" = "sagemaker.amazonaws.com" } }
       },
-      { Sid = "ListData", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.raw, local.bucket.processed, local.bucket.models] },
-      { Sid = "ReadData", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.raw}/*", "${local.bucket.processed}/*", "${local.bucket.models}/*"] },
+      { Sid = "ListData", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.raw, local.bucket.processed, local.bucket.models, local.bucket.capture] },
+      # captures: the data set `captured`
+      { Sid = "ReadData", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.raw}/*", "${local.bucket.processed}/*", "${local.bucket.models}/*", "${local.bucket.capture}/*"] },
       { Sid = "WriteRuns", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*", "${local.bucket.processed}/notebook-jobs/*"] },
     ])
 
