@@ -223,7 +223,11 @@ def test_what_an_isolated_monitor_writes_starts_it_and_the_next_run_finds_the_wi
     s3.put_bucket_notification_configuration(Bucket=BUCKET, NotificationConfiguration={"EventBridgeConfiguration": {}})
     days = [f"2026-03-0{day}T00:00:00+00:00" for day in range(1, 5)]
     windows = [{"start": a, "end": b, "alarm": b == days[-1]} for a, b in zip(days, days[1:])]
-    drift = {"endpoint": "skin-lesion", "windows": [w | {"aspects": [], "pictures": 40} for w in windows]}
+    drift = {
+        "endpoint": "skin-lesion",
+        "version": "v1",
+        "windows": [w | {"aspects": [], "pictures": 40} for w in windows],
+    }
     event = {"source": "skin-lesion.monitor", "detail": DRIFT | {"lasting": False}}
     for name, text in {"drift.json": json.dumps(drift), "metrics.jsonl": "", "event.json": json.dumps(event)}.items():
         s3.put_object(Bucket=BUCKET, Key=f"{place}/{name}", Body=text)
@@ -233,8 +237,8 @@ def test_what_an_isolated_monitor_writes_starts_it_and_the_next_run_finds_the_wi
     kept = json.load(answer["Payload"])["history"]
     assert kept.startswith("monitoring/skin-lesion/") and kept.endswith("-e1.json")
     s3.download_file(BUCKET, kept, str(tmp_path / "kept.json"))
-    assert read_history(tmp_path, days[-1]) == windows
-    assert read_history(tmp_path, days[1]) == windows[:1], "what the next run decides anew is its own"
+    assert read_history(tmp_path, days[-1], "v1") == windows
+    assert read_history(tmp_path, days[1], "v1") == windows[:1], "what the next run decides anew is its own"
 
 
 def test_an_alarm_that_does_not_last_is_no_reason(account, monkeypatch):

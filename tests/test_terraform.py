@@ -389,7 +389,9 @@ def test_the_figures_of_a_monitoring_run_are_published_for_the_alarms(resources,
         body = "".join(json.dumps(line) + "\n" for line in lines)
         s3.put_object(Bucket="bucket", Key="runs/e/monitor/monitor/metrics.jsonl", Body=body.encode())
         s3.put_object(
-            Bucket="bucket", Key="runs/e/monitor/monitor/drift.json", Body=b'{"endpoint": "a", "windows": []}'
+            Bucket="bucket",
+            Key="runs/e/monitor/monitor/drift.json",
+            Body=b'{"endpoint": "a", "version": "v", "windows": []}',
         )
         key = "runs/e/monitor/monitor/event.json"
         answer = publish.handler({"detail": {"bucket": {"name": "bucket"}, "object": {"key": key}}}, None)

@@ -22,5 +22,6 @@ def handler(event, context):
     windows = [{name: window[name] for name in ("start", "end", "alarm")} for window in drift["windows"]]
     # named by the time, so that of two decisions on a window the later one counts
     history = f"monitoring/{drift['endpoint']}/{found['LastModified']:%Y%m%dT%H%M%S}-{key.split('/')[1]}.json"
-    s3.put_object(Bucket=bucket, Key=history, Body=json.dumps({"windows": windows}).encode())
+    kept = {"version": drift["version"], "windows": windows}
+    s3.put_object(Bucket=bucket, Key=history, Body=json.dumps(kept).encode())
     return {"published": len(lines), "history": history}
