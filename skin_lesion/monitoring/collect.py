@@ -22,7 +22,7 @@ from .quality import CONFLICTING, read_labels
 from ..serving.formats import Refusal, parse
 
 # %% auto #0
-__all__ = ['COLUMNS', 'KINDS', 'captured_id', 'collect', 'collect_beside']
+__all__ = ['COLUMNS', 'KINDS', 'SIDE', 'captured_id', 'collect', 'collect_beside']
 
 # %% ../../nbs/monitoring/09b_collect.ipynb #c011ec06
 def captured_id(
@@ -35,6 +35,7 @@ def captured_id(
 # %% ../../nbs/monitoring/09b_collect.ipynb #c011ec09
 COLUMNS = ['image_id', 'lesion_id', 'patient_id', 'diagnosis', 'age', 'sex', 'site', 'source']
 KINDS = {'image/jpeg': '.jpg', 'image/png': '.png'}
+SIDE = 640   # pixels of a square out of JSON; no network here takes more than 600
 
 
 def _sent(line: bytes, latest: datetime) -> tuple[str, list[dict], str, bytes]:
@@ -49,7 +50,7 @@ def _sent(line: bytes, latest: datetime) -> tuple[str, list[dict], str, bytes]:
 def _files(kind: str, body: bytes) -> list[tuple[str, bytes | None]]:
     "Ending and bytes of each picture of a request; no bytes where it cannot be used. Raises `Refused`."
     if kind in KINDS: return [(KINDS[kind], body)]
-    try: asked = parse(kind, body, None).asked
+    try: asked = parse(kind, body, SIDE).asked
     except Refusal: raise Refused('foreign') from None
     return [('.png', a.picture and cv2.imencode('.png', a.picture.pixels[..., ::-1])[1].tobytes()) for a in asked]
 
