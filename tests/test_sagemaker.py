@@ -175,7 +175,8 @@ def test_the_command_line_runs_on_sagemaker_with_the_settings_of_the_moment(aws,
     assert refused.exit_code == 2 and "s3:// address" in refused.output
 
 
-def test_a_run_above_the_budget_is_not_started_unless_it_is_said(aws, listed_steps, monkeypatch):
+def test_a_run_above_the_budget_is_not_started_unless_it_is_said(aws, listed_steps, monkeypatch, tmp_path):
+    monkeypatch.setenv("SKIN_LESION_LOCAL_RUNS", str(tmp_path))  # no past runs make it cheap
     monkeypatch.setattr(on_sagemaker.time, "sleep", lambda seconds: None)
     words = ["run", "training", "--on", "sagemaker", "--set", "aws.budget=1"]
     refused = CliRunner().invoke(main, words)
