@@ -6,6 +6,8 @@ endpoints and nowhere else. It is never taken from the cache, because the accoun
 from sagemaker.core.workflow.parameters import ParameterString
 from sagemaker.mlops.workflow.pipeline import Pipeline
 
+from skin_lesion.settings import as_variables
+
 from .training import wiring
 
 
@@ -14,12 +16,9 @@ def build(settings) -> Pipeline:
     the variables that override settings.ini anywhere."""
     wired = wiring(settings, "deploy_role_arn")
     place = ParameterString("DeployPlace", "sagemaker", enum_values=["local", "sagemaker"])
-    text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
-    environment = {
-        "SKIN_LESION_" + name.upper().replace(".", "_"): text(s.value)
-        for name, s in settings.items()
-        if name.split(".")[0] in ("serving", "aws") and name != "aws.budget"
-    }
+    environment = as_variables(
+        {n: s for n, s in settings.items() if n.split(".")[0] in ("serving", "aws") and n != "aws.budget"}
+    )
     deploy = wired.processing(
         "deploy",
         {"champion": wired.champion},

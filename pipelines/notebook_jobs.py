@@ -12,7 +12,7 @@ from pathlib import Path
 from sagemaker.mlops.workflow.notebook_job_step import NotebookJobStep
 from sagemaker.mlops.workflow.pipeline import Pipeline
 
-from skin_lesion.settings import project_file
+from skin_lesion.settings import as_variables, project_file
 
 from .training import wiring
 
@@ -38,12 +38,7 @@ def build(settings) -> Pipeline:
     """The pipeline `skin-lesion-notebook-jobs` with the defaults of `settings` (section.key to `Setting`)."""
     wired = wiring(settings)
     aws = wired.aws
-    text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
-    environment = {
-        "SKIN_LESION_" + name.upper().replace(".", "_"): text(s.value)
-        for name, s in settings.items()
-        if name.split(".")[0] in SECTIONS and name != "aws.budget"
-    }
+    environment = as_variables({n: s for n, s in settings.items() if n.split(".")[0] in SECTIONS and n != "aws.budget"})
     retrain = UploadedNotebook(
         name="retrain",
         notebook_job_name="skin-lesion-retrain",

@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .settings import load_settings
+from .settings import as_variables, load_settings, variable_name
 
 # %% ../nbs/90_cli.ipynb #d804a6d0
 class Refusals(click.Group):
@@ -530,11 +530,10 @@ def serve(model, port, host, capture, workers, pairs):
 # %% ../nbs/90_cli.ipynb #619526c7
 def _variables(loaded: dict) -> dict[str, str]:
     "The settings that are no defaults as variables, for a process that starts in another folder."
-    text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
-    found = {name: text(s.value) for name, s in loaded.items() if s.source != 'settings.ini'}
-    found['local.runs'] = str(Path(loaded['local.runs'].value).resolve())
-    if (labels := loaded['retrain.labels'].value) and not labels.startswith('s3://'): found['retrain.labels'] = str(Path(labels).resolve())
-    return {'SKIN_LESION_' + name.upper().replace('.', '_'): value for name, value in found.items()}
+    found = as_variables({name: s for name, s in loaded.items() if s.source != 'settings.ini'})
+    found[variable_name('local.runs')] = str(Path(loaded['local.runs'].value).resolve())
+    if (labels := loaded['retrain.labels'].value) and not labels.startswith('s3://'): found[variable_name('retrain.labels')] = str(Path(labels).resolve())
+    return found
 
 
 @main.command()

@@ -26,6 +26,7 @@ from .compile import has_local_storage
 from .deploy import probe
 from .sagemaker import TAGS, clients, redact
 from .upload import split_address
+from ..settings import as_variables
 
 # %% ../../nbs/cloud/06_endpoint.ipynb #62e23c13
 KINDS, VARIANT = ('realtime', 'serverless', 'asynchronous'), 'main'
@@ -35,9 +36,7 @@ def _values(settings: dict, section: str) -> dict: return {n.split('.')[1]: s.va
 
 
 def _environment(settings: dict) -> dict[str, str]:
-    names = [n for n in settings if n.startswith('serving.')] + ['aws.kms_key', 'aws.region']
-    text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
-    return {'SKIN_LESION_' + n.upper().replace('.', '_'): text(settings[n].value) for n in names if settings[n].value != ''}
+    return as_variables({n: s for n, s in settings.items() if (n.startswith('serving.') or n in ('aws.kms_key', 'aws.region')) and s.value != ''})
 
 
 def _variant(serving: dict) -> dict:
