@@ -1241,6 +1241,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'skin_lesion/monitoring/captures.py')},
             'skin_lesion.monitoring.collect': { 'skin_lesion.monitoring.collect._files': ( 'monitoring/collect.html#_files',
                                                                                            'skin_lesion/monitoring/collect.py'),
+                                                'skin_lesion.monitoring.collect._foreign': ( 'monitoring/collect.html#_foreign',
+                                                                                             'skin_lesion/monitoring/collect.py'),
                                                 'skin_lesion.monitoring.collect._sent': ( 'monitoring/collect.html#_sent',
                                                                                           'skin_lesion/monitoring/collect.py'),
                                                 'skin_lesion.monitoring.collect.captured_id': ( 'monitoring/collect.html#captured_id',

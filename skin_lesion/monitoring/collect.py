@@ -30,7 +30,7 @@ def captured_id(
     number: int,  # of the picture in it, from 0
 ) -> str:
     "The name of a captured picture."
-    return f'captured-{hashlib.sha256(body + bytes([number % 256])).hexdigest()[:24]}'
+    return f'captured-{hashlib.sha256(body + number.to_bytes(2)).hexdigest()[:24]}'
 
 # %% ../../nbs/monitoring/09b_collect.ipynb #c011ec09
 COLUMNS = ['image_id', 'lesion_id', 'patient_id', 'diagnosis', 'age', 'sex', 'site', 'source']
@@ -55,15 +55,23 @@ def _files(kind: str, body: bytes) -> list[tuple[str, bytes | None]]:
     return [('.png', a.picture and cv2.imencode('.png', a.picture.pixels[..., ::-1])[1].tobytes()) for a in asked]
 
 
+def _foreign(folder: Path) -> str | None:
+    "The name of a file that `collect` has not written."
+    ours = lambda p: p.name.startswith('captured-') or p == folder/'metadata.csv' and (folder/'pictures').is_dir()
+    return next((str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and not ours(p)), None)
+
+
 def collect(
     captures: Path,  # with {endpoint}/{variant}/yyyy/mm/dd/hh/*.jsonl somewhere below
     labels: Path,    # ground truth: a .jsonl file, or a folder with such files
     folder: Path,    # gets pictures/ and metadata.csv
 ) -> Counter:        # pictures, and why lines or pictures gave none
-    "Writes the captured pictures that have a diagnosis as a data set; what it wrote before is replaced."
+    "Writes the captured pictures that have a diagnosis as a data set; what it wrote before is replaced. Raises `ValueError` for a folder of something else."
+    if foreign := _foreign(folder): raise ValueError(f'{folder} holds {foreign}, which does not come from captures: it would be lost. Name a folder of its own.')
+    part = folder.with_name(f'.{folder.name}.part')
     known, counts, rows = read_labels(labels, list(EIGHT)).of, Counter(), []
-    latest, pictures = datetime.now(UTC) + timedelta(minutes=5), folder/'pictures'
-    shutil.rmtree(folder, ignore_errors=True)
+    latest, pictures = datetime.now(UTC) + timedelta(minutes=5), part/'pictures'
+    shutil.rmtree(part, ignore_errors=True)
     pictures.mkdir(parents=True)
     for line in (line for path in sorted(captures.rglob('*.jsonl')) for line in path.open('rb')):
         try:
@@ -82,9 +90,9 @@ def collect(
             rows.append({'image_id': name, 'diagnosis': EIGHT[diagnosis], 'source': 'captured'} | {k: patient.get(k) for k in ('age', 'sex', 'site')})
     table = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates(['image_id', 'diagnosis'])
     counts['sent again'] = len(rows) - len(table)
-    part = folder/'metadata.part'
-    table.to_csv(part, index=False)
-    part.replace(folder/'metadata.csv')
+    table.to_csv(part/'metadata.csv', index=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
     return counts
 
 # %% ../../nbs/monitoring/09b_collect.ipynb #c011ec11
