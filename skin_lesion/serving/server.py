@@ -91,10 +91,10 @@ class Service:
     def __init__(self,
         package: Path,   # an unpacked model package
         options: dict,   # the settings of section `serving`, without the prefix
-        threads: int,    # of the network and of decoding
+        threads: int,    # of the network; half as many decode
     ):
         self.package, self.options, self.threads = package, options, threads
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix='decode')
+        self.pool = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix='decode')
         self.metrics, self.ready, self.draining = Metrics(), asyncio.Event(), False
         self.requests = self.uploads = 0   # under way; being read
         self.limit = options['body_mb'] << 20
