@@ -1,9 +1,14 @@
 """The endpoint beside what one would write in an afternoon, under load, overload and abuse; figures in bench/serving.json."""
 
 import asyncio
+import contextlib
 import io
+import itertools
 import json
+import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +22,7 @@ import torch
 from conftest import ROOT, Served, keep
 from PIL import Image
 from safetensors.torch import save_file
-from test_server import damaged, raw
+from test_server import BOMB, damaged, raw
 
 from skin_lesion.data.images import load_square, read_squares
 from skin_lesion.data.sample import write_sample
@@ -312,24 +317,62 @@ def test_fifty_thousand_requests_in_flat_memory(server, pictures, figures):
     assert memory[-1] - memory[0] < 20, memory
 
 
-def test_ten_thousand_malformed_bodies(server, figures):
-    rng, session, statuses, memory = random.Random(3), requests.Session(), {}, []
-    for k in range(10_000):
-        body, kind = damaged(rng)
-        answer = session.post(server.url + "/invocations", body, headers={"Content-Type": kind})
-        statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-        assert answer.status_code == 200 or (400 <= answer.status_code < 500 and len(answer.json()["error"]) > 10), (
-            answer.text
-        )
-        if k % 10 == 0:
-            torn = bytearray(message(body[:2000], kind.encode("ascii", "ignore").decode()))
-            for _ in range(4):
-                torn[rng.randrange(len(torn))] = rng.randrange(256)
-            assert raw(server, bytes(torn))[9:10] in (b"", b"2", b"4")
-        if k in (2_000, 9_999):
+def refused_to_the_last_byte(server, data):
+    """The status of bytes that are no whole request, or nothing where the connection was closed."""
+    return raw(server, data)[9:12].decode("ascii", "replace")
+
+
+def test_ten_thousand_malformed_bodies(server, pictures, figures):
+    """Until 10,000 requests were refused. A changed file that is still a picture is answered, and is not counted."""
+    rng, session, kinds, memory = random.Random(3), requests.Session(), {}, []
+    wide = io.BytesIO()
+    np.save(wide, np.zeros((1, 8, 8, 3), np.uint8))
+    made = {  # 14 of 20 are files with bytes changed, cut, doubled or under another type
+        "a bomb": lambda: (BOMB, "image/png"),
+        "an array of 2 EB": lambda: (
+            wide.getvalue().replace(b"(1, 8, 8, 3), ", b"(9999999999,) "),
+            "application/x-npy",
+        ),
+        "JSON of another form": lambda: (
+            json.dumps(rng.choice([[], 7, {"image": 7}, {"images": [[]]}])).encode(),
+            "application/json",
+        ),
+        "no picture": lambda: (rng.randbytes(500), "image/jpeg"),
+    }
+    held = [socket.create_connection(tuple(server.address.split(":"))) for _ in range(50)]
+    for k, connection in enumerate(held):  # slow clients: a byte of a body, now and then
+        connection.sendall(message(pictures[k % len(pictures)])[:300])
+    refused = 0
+    while refused < 10_000:
+        name = rng.choice([*made, "bytes changed", "bytes changed", "bytes changed", "cut short", "headers changed"])
+        if name in ("cut short", "headers changed"):
+            sent = (
+                bytearray(message(rng.choice(pictures))) if name == "headers changed" else message(pictures[0])[:2000]
+            )
+            for _ in range(4 * (name == "headers changed")):
+                sent[rng.randrange(min(len(sent), 120))] = rng.randrange(256)
+            status = refused_to_the_last_byte(server, bytes(sent[:4000]))
+            assert status[:1] in ("", "2", "4"), status
+            good = status[:1] == "2"
+        else:
+            body, kind = made[name]() if name in made else damaged(rng)
+            answer = session.post(server.url + "/invocations", body, headers={"Content-Type": kind})
+            status, good = str(answer.status_code), answer.status_code == 200
+            assert good or (400 <= answer.status_code < 500 and len(answer.json()["error"]) > 10), answer.text
+            assert not good or name == "bytes changed", name
+        status = status or "closed"
+        kinds.setdefault(name, {})[status] = kinds.get(name, {}).get(status, 0) + 1
+        refused += not good
+        if refused in (2_000, 9_999) and not good:
             memory.append(worker_memory(server) / 2**20)
-    figures["malformed"] = {"statuses": statuses, "memory_growth_mib": round(memory[1] - memory[0], 1)}
-    assert memory[1] - memory[0] < 20
+        if refused % 500 == 0 and refused < 8_000:
+            for connection in held:
+                with contextlib.suppress(OSError):  # those whose body did not come in time are closed
+                    connection.sendall(b"x")
+    for connection in held:
+        connection.close()
+    figures["malformed"] = {"statuses": kinds, "memory_growth_mib": round(memory[-1] - memory[0], 1)}
+    assert memory[-1] - memory[0] < 20
     assert not [line for line in server.lines if line["event"] in ("error", "worker ended")]
 
 
@@ -346,3 +389,60 @@ def test_requests_made_from_the_description(server, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert not [line for line in server.lines if line["event"] in ("error", "worker ended")]
+
+
+def test_sigterm_under_load_answers_every_accepted_request(package, pictures, figures):
+    """What the server took is a line of its log; each was answered to its client."""
+    messages, statuses = [message(p) for p in pictures], []
+
+    async def client(address):
+        try:
+            connection = await Connection().open(address)
+            for k in itertools.count():
+                statuses.append((await connection.ask(messages[k % len(messages)]))[0])
+        except (OSError, asyncio.IncompleteReadError):
+            return  # closed after an answer, or never taken
+
+    async def load(served):
+        clients = [asyncio.ensure_future(client(served.address)) for _ in range(16)]
+        await asyncio.sleep(2)
+        began = time.monotonic()
+        status = await asyncio.to_thread(served.stop)
+        await asyncio.gather(*clients)
+        return status, time.monotonic() - began
+
+    served = Served(package)
+    status, seconds = asyncio.run(load(served))
+    taken = [line["status"] for line in served.lines if line["event"] == "request"]
+    figures["sigterm"] = {"taken": len(taken), "answered": len(statuses), "seconds": round(seconds, 1)}
+    assert status == 0 and seconds < 30 and len(taken) > 100
+    assert sorted(taken) == sorted(statuses) and set(statuses) == {200}
+
+
+def test_a_worker_killed_under_load_is_replaced_within_two_seconds(package, pictures, figures):
+    messages, answered, torn = [message(p) for p in pictures], [], []
+
+    async def client(address, until):
+        connection = None
+        while time.monotonic() < until:
+            try:
+                connection = connection or await Connection().open(address)
+                assert (await connection.ask(random.choice(messages)))[0] == 200
+                answered.append(time.monotonic())
+            except (ConnectionResetError, asyncio.IncompleteReadError, BrokenPipeError) as error:
+                torn.append(type(error).__name__)
+                connection = None
+
+    async def load(served):
+        until = time.monotonic() + 8
+        clients = [asyncio.ensure_future(client(served.address, until)) for _ in range(16)]
+        await asyncio.sleep(3)
+        os.kill(served.line("ready")["pid"], signal.SIGKILL)
+        await asyncio.gather(*clients)
+
+    with Served(package) as served:
+        asyncio.run(load(served))
+        assert served.line("worker ended")["status"] == -9
+    gap = max(np.diff(sorted(answered)))
+    figures["worker_killed"] = {"longest_gap_s": round(float(gap), 2), "torn": len(torn), "answered": len(answered)}
+    assert gap < 2 and len(torn) <= 32, (gap, torn)
