@@ -14,6 +14,7 @@ from pathlib import Path
 from ..cloud.registry import champion_folder
 from . import engine
 from .report import write_report
+from .runs import Execution
 from ..settings import Setting, parameter_name, pipeline_settings, project_file, refuse_unused
 
 # %% ../../nbs/execution/08_local.ipynb #4fc6cc07
@@ -99,7 +100,7 @@ def run_locally(
     resume: str | None = None,      # a run's id or 'latest'
     unknown_dir: str | Path | None = None,  # folder of pictures that are no dermoscopy, or its s3:// address
     containers: bool = False,       # jobs run in the definition's image, by podman
-) -> int:                           # exit code
+) -> Execution:                     # status, exit_code, state, folder
     "Runs or continues a pipeline on this machine and writes its report."
     root, parallel = Path(settings['local.runs'].value), settings['local.parallel'].value
     root.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def run_locally(
                             parallel=parallel, name=f'skin-lesion-{pipeline}', containers=containers)
     report = write_report(result.folder)
     print(f'{result.status}: {result.folder}\nreport: {report}')
-    return result.exit_code
+    return result
 
 # %% ../../nbs/execution/08_local.ipynb #18149605
 def _kept(folder: Path) -> Path:
