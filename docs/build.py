@@ -224,7 +224,9 @@ def build(site: Path) -> None:
 
         def placed(found, own=own, where=pages[path]):
             to = anchor(unquote(html.unescape(found[2])))
-            return found[1] + ("about-" if f"{where}#{to}" in own.values() else "") + to  # a heading gives way to a name
+            return (
+                found[1] + ("about-" if f"{where}#{to}" in own.values() else "") + to
+            )  # a heading gives way to a name
 
         body = re.sub(r'(<h\d id="|class="anchor-link" href="#)([^"]+)', placed, body)
         root = os.path.relpath(".", Path(pages[path]).parent) + "/"

@@ -183,7 +183,7 @@ def test_pages_fit_a_phone_in_light_and_dark_and_the_contents_open(browser, site
         page.close()
     assert colours["light"] != colours["dark"]
     wide = opened(
-        browser, (site / "data" / "splits.html#split_table").as_uri(), viewport={"width": 1280, "height": 900}
+        browser, f"{(site / 'data' / 'splits.html').as_uri()}#split_table", viewport={"width": 1280, "height": 900}
     )
     current = wide.locator("#site-contents [aria-current]").bounding_box()
     assert 0 < current["y"] < 900 and current["x"] < 288  # seen beside the text, wherever the page was scrolled to
