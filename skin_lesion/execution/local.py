@@ -86,7 +86,7 @@ def run_parameters(
     text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
     refuse_unused(definition, settings)
     values = {parameter_name(name): text(s.value) for name, s in pipeline_settings(settings).items()} | {
-        'DeployPlace': 'local'}
+        'DeployPlace': 'local', 'ImageUri': settings['aws.image_uri'].value}
     places = {'InputData': raw, 'ChampionData': champion, 'UnknownData': unknown}
     values |= {name: folder.resolve().as_uri() for name, folder in places.items() if folder}
     return {p['Name']: values[p['Name']] for p in definition['Parameters'] if p['Name'] in values}
