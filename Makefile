@@ -37,7 +37,8 @@ bench-monitoring: install  ## false alarms and power of the drift alarm on real 
 	pytest tests/test_bench_monitoring.py -m slow -s
 
 bench-serving: install  ## the endpoint beside plain servers, under load, overload and malformed bodies; figures under bench/
-	pytest tests/test_bench_serving.py -m slow -s
+	test -x .venv-openvino/bin/python || ( uv venv -q .venv-openvino && VIRTUAL_ENV=.venv-openvino uv pip install -q openvino==2026.4.1 )
+	pytest tests/test_bench_serving.py tests/test_answer.py tests/test_server.py -m 'slow or not slow' -s
 
 image-test: install  ## builds both images with podman and runs them; needs podman, runc and, without a registry, mmdebstrap
 	pytest tests/test_images_build.py -m 'slow or not slow' --timeout 3600 -s

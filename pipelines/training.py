@@ -36,6 +36,7 @@ from sagemaker.train.configs import Compute, InputData, MetricDefinition, Networ
 from sagemaker.train.model_trainer import ModelTrainer
 
 from skin_lesion.cloud.compile import has_local_storage
+from skin_lesion.serving.formats import ACCEPTED, ANSWERED
 from skin_lesion.settings import parameter_name, pipeline_settings
 
 ENTRYPOINT = ["skin-lesion", "step"]
@@ -321,8 +322,8 @@ def registration(wired, package, evaluate) -> ModelStep:
     )
     registered = model.register(
         model_package_group_name=aws["model_package_group"],
-        content_types=["image/jpeg", "image/png", "application/json"],
-        response_types=["application/json"],
+        content_types=list(ACCEPTED),
+        response_types=list(ANSWERED),
         inference_instances=["ml.m5.large", "ml.m5.xlarge", "ml.c5.xlarge"],
         transform_instances=["ml.m5.xlarge", "ml.c5.xlarge"],
         model_metrics=ModelMetrics(model_statistics=evaluated["evaluation"]),

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -31,6 +32,41 @@ from skin_lesion.training.models import Classifier, export_graph, load_pretraine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SIZE, BATCH = 128, 16
 CLASSES = ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC"]
+
+# A runtime's median milliseconds for one image and for sixteen, in a process of its own; its words: runtime, graph, size.
+RUNTIME = """
+import json, statistics, sys, time
+import numpy as np
+runtime, folder, name, size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+if runtime == "PyTorch":
+    import torch
+    from skin_lesion.training.models import Classifier
+    torch.manual_seed(1)
+    torch.set_num_threads(2)
+    network = Classifier(name, 8).eval()
+    def run(x):
+        with torch.inference_mode(): return network(torch.from_numpy(x)).numpy()
+elif runtime == "ONNX Runtime":
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    session = onnxruntime.InferenceSession(f"{folder}/{name}.onnx", options)
+    run = lambda x: session.run(["logits"], {"images": x})[0]
+else:
+    import openvino
+    hint = {"INFERENCE_PRECISION_HINT": runtime.split()[1], "INFERENCE_NUM_THREADS": 2}
+    compiled = openvino.Core().compile_model(f"{folder}/{name}.onnx", "CPU", hint)
+    run = lambda x: compiled(x)["logits"]
+rng, found = np.random.default_rng(1), {}
+for count, turns in ((1, 60), (16, 8)):
+    x, times = rng.integers(0, 255, (count, size, size, 3)).astype(np.uint8), []
+    for _ in range(turns + 3):
+        began = time.perf_counter()
+        run(x)
+        times.append((time.perf_counter() - began) * 1000)
+    found[f"batch {count}, ms"] = round(statistics.median(times[3:]), 1)
+print(json.dumps(found))
+"""
 
 # Two servers as a user would write them, with the same network and weights.
 PLAIN = """
@@ -238,6 +274,27 @@ def test_latency_of_one_request(server, package, pictures, tmp_path, figures):
     figures["latency_ms_p50"] = {name: round(value, 2) for name, value in p50.items()}
     figures["latency_to_eager"], figures["latency_to_onnx"] = p50["ours"] / p50["eager"], p50["ours"] / p50["onnx"]
     assert figures["latency_to_eager"] <= 0.4 and figures["latency_to_onnx"] <= 0.8, p50
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_b0", "resnet50"])
+def test_runtimes(name, tmp_path, figures):
+    """What the graph's runtime was chosen by: the same network at 224 px, one after the other, two threads each."""
+    torch.manual_seed(1)
+    images = np.random.default_rng(1).integers(0, 255, (2, 224, 224, 3)).astype(np.uint8)
+    export_graph(Classifier(name, 8).eval(), tmp_path / f"{name}.onnx", images)
+    found = {}
+    for runtime in ("PyTorch", "ONNX Runtime", "OpenVINO f32", "OpenVINO bf16"):
+        python = ROOT / ".venv-openvino/bin/python" if "OpenVINO" in runtime else sys.executable
+        if not Path(python).exists():
+            found[runtime] = {"not run": "make bench-serving installs OpenVINO in .venv-openvino"}
+            continue
+        words = [python, "-c", RUNTIME, runtime, tmp_path, name, "224"]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[runtime] = json.loads(done.stdout)
+    figures.setdefault("runtimes, 224 px", {})[name] = found
+    ours, eager = found["ONNX Runtime"], found["PyTorch"]
+    assert all(ours[k] < eager[k] for k in ours), found
 
 
 def batches(server):
