@@ -75,18 +75,19 @@ def lesion_folds(
     for n, (_, held_out) in enumerate(parts): fold[held_out] = n
     return fold
 
-# %% ../../nbs/execution/11_explore.ipynb #fd9fa009
+# %% ../../nbs/execution/11_explore.ipynb #643d74fd
 def imagenet_graph(
     size: int,  # pixels
     images: np.ndarray,  # (N, S, S, 3), uint8, for the parity test, N at least 2
-    folder: str | Path,  # made
+    folder: str | Path,  # where it is kept, or made
     architecture: str = 'efficientnet_lite0',  # whose weights need no internet
 ) -> Graph:
     "The ImageNet network as it is served, its last layer without meaning."
-    folder = Path(folder)
+    folder, model = Path(folder), {'architecture': architecture, 'classes': ['first', 'second'], 'image_size': size}
+    if (folder/'model.json').exists() and json.loads((folder/'model.json').read_text()) == model: return Graph(folder)
     folder.mkdir(parents=True, exist_ok=True)
     export_graph(load_pretrained(Classifier(architecture, 2), architecture), folder/'model.onnx', images)
-    (folder/'model.json').write_text(json.dumps({'classes': ['first', 'second'], 'image_size': size}))
+    (folder/'model.json').write_text(json.dumps(model))
     return Graph(folder)
 
 
@@ -107,13 +108,14 @@ def frozen_features(
     part.replace(file)
     return features
 
-# %% ../../nbs/execution/11_explore.ipynb #fdb2534f
+# %% ../../nbs/execution/11_explore.ipynb #7290e350
 def out_of_fold(
     features: np.ndarray,  # (N, D)
     y: np.ndarray,  # (N,), class numbers
     fold: np.ndarray,  # (N,), of `lesion_folds`
     strength: float = .001,  # inverse of the penalty
     class_weight: str | None = 'balanced',  # None counts each picture alike
+    views: list[np.ndarray] | None = None,  # (N, D) each: what is asked instead, the answers averaged
 ) -> np.ndarray:  # (N, C), probabilities
     "Each picture's probabilities by a model that was fitted to the other folds. Raises `ValueError` where a fold takes the whole of a class."
     p = np.zeros((len(y), y.max() + 1))
@@ -121,5 +123,6 @@ def out_of_fold(
         learn = fold != n
         if absent := set(y) - set(y[learn]): raise ValueError(f'all pictures of classes {sorted(absent)} are in fold {n}; each class must have three lesions or more; take more pictures')
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight=class_weight, max_iter=300))
-        p[~learn] = model.fit(features[learn], y[learn]).predict_proba(features[~learn])
+        model.fit(features[learn], y[learn])
+        p[~learn] = np.mean([model.predict_proba(view[~learn]) for view in views or [features]], axis=0)
     return p
