@@ -163,6 +163,7 @@ def test_no_role_may_more_than_it_needs(resources):
         "serving",
         "deploy",
         "monitor",
+        "retrain",
         "studio",
     }
     assert {a: problems for a, s in found.items() if (problems := too_much(s))} == {}
@@ -448,10 +449,29 @@ def test_the_template_has_the_same_core_as_terraform(resources):
         assert bucket["LifecycleConfiguration"]["Rules"][0]["Transitions"][0]["StorageClass"] == "INTELLIGENT_TIERING"
 
     found = policies(resources)
+    others = {"schedule": 'module.automation.aws_iam_role_policy.starter["schedule"]'}
+    others |= {"breakglass": "module.roles.aws_iam_role_policy.break_glass"}
+    roles = of_type(resources, "aws_iam_role").values()
+    trusts = {
+        r["name"].removeprefix("skin-lesion-").removeprefix("start-by-").replace("-", ""): json.loads(
+            r["assume_role_policy"]
+        )
+        for r in roles
+    }
+    assert set(of_template("AWS::IAM::Role")) == {
+        f"{kind}Role" for kind in ("Pipeline", "Serving", "Deploy", "Monitor", "Retrain", "Schedule", "BreakGlass")
+    }
     for name, role in of_template("AWS::IAM::Role").items():
         kind = name.removesuffix("Role").lower()
-        there = found[f'module.roles.aws_iam_role_policy.this["{kind}"]']
-        assert [told(s) for s in role["Policies"][0]["PolicyDocument"]["Statement"]] == [told(s) for s in there], kind
+        there = found[others.get(kind, f'module.roles.aws_iam_role_policy.this["{kind}"]')]
+        there = [told(s) for s in there if (kind, s["Sid"]) != ("schedule", "Retraining")]  # Terraform's only
+        assert [told(s) for s in role["Policies"][0]["PolicyDocument"]["Statement"]] == there, kind
+        (here,), (trust,) = role["AssumeRolePolicyDocument"]["Statement"], trusts[kind]["Statement"]
+        principal = {"AWS": "root"} if "AWS" in trust["Principal"] else trust["Principal"]
+        assert {k: "root" if "Fn::Sub" in v else v for k, v in here["Principal"].items()} == principal, kind
+        assert {op: sorted(of) for op, of in here["Condition"].items()} == {
+            op: sorted(of) for op, of in trust["Condition"].items()
+        }, kind
 
     for repository in of_template("AWS::ECR::Repository").values():
         assert (
