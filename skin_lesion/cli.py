@@ -347,16 +347,19 @@ def step(name, arguments):
 
 # %% ../nbs/90_cli.ipynb #4219629a
 @main.command()
+@click.option('--before-deploy', is_flag=True, help='Leave out what `deploy --on sagemaker --all` puts there itself: images and pipelines.')
 @click.option('--json', 'as_json', is_flag=True, help='As JSON.')
 @set_option
-def doctor(as_json, pairs):
+def doctor(before_deploy, as_json, pairs):
     """Whether the account has what the settings name, and what to do about what it lacks: credentials, region, roles,
     key, buckets, network, images, registry, quotas, and definitions as they are compiled, committed and deployed.
 
     Exit code 0 when all is well, 1 otherwise."""
+    from skin_lesion.cloud.doctor import PUT_BY_DEPLOY
     from skin_lesion.cloud.doctor import doctor as look
     found = []
     for line in look(load_settings(_overrides(pairs))):
+        if before_deploy and PUT_BY_DEPLOY.match(line.name): continue
         found.append(line)
         if not as_json: click.echo(f'{line.state:11} {line.name}: {line.value}' + (f' -> {line.advice}' if line.advice else ''))
     if as_json: click.echo(json.dumps([line._asdict() for line in found], indent=1))

@@ -576,13 +576,15 @@ def the_doctor_finds_all_of_it(url, settings, folder):
     (folder / "settings.ini").write_text(settings)
     env = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url}
     words = [sys.executable, "-c", "from skin_lesion.cli import main; main()", "doctor", "--json"]
-    look = lambda: subprocess.run(
-        words, cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    look = lambda *more: subprocess.run(
+        [*words, *more], cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     done = look()
     lines = json.loads(done.stdout)
     wrong = {line["name"] for line in lines if line["state"] != "ok"}
     assert done.returncode == 1 and wrong == {"aws.image_uri", "aws.serving_image_uri"}, done.stdout
+    done = look("--before-deploy")  # of the workflow
+    assert done.returncode == 0, done.stdout
     ecr = boto3.client(
         "ecr", region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
     )

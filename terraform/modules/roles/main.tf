@@ -358,6 +358,23 @@ resource "aws_iam_role_policy" "github" {
           Resource = ["${local.sagemaker}:pipeline/${var.name}-*"]
         },
         { Sid = "ListPipelines", Effect = "Allow", Action = ["sagemaker:ListPipelines"], Resource = ["*"] },
+        # what `skin-lesion doctor` looks at
+        { Sid = "LookAtRoles", Effect = "Allow", Action = ["iam:GetRole"], Resource = ["arn:${var.partition}:iam::${var.account_id}:role/${var.name}-*"] },
+        { Sid = "LookAtKey", Effect = "Allow", Action = ["kms:GetKeyRotationStatus"], Resource = [var.data_key_arn] },
+        {
+          Sid      = "LookAtBuckets"
+          Effect   = "Allow"
+          Action   = ["s3:ListBucket", "s3:GetBucketLocation", "s3:GetEncryptionConfiguration", "s3:GetBucketVersioning", "s3:GetBucketPublicAccessBlock"]
+          Resource = [local.bucket.processed, local.bucket.capture]
+        },
+        { Sid = "LookAtGroup", Effect = "Allow", Action = ["sagemaker:DescribeModelPackageGroup"], Resource = ["${local.sagemaker}:model-package-group/${var.model_package_group}"] },
+        {
+          Sid       = "LookAtNetworkAndQuotas"
+          Effect    = "Allow"
+          Action    = ["ec2:DescribeSubnets", "ec2:DescribeSecurityGroups", "ec2:DescribeRegions", "servicequotas:ListServiceQuotas", "servicequotas:ListAWSDefaultServiceQuotas"]
+          Resource  = ["*"]
+          Condition = { StringEquals = { "aws:RequestedRegion" = var.region } }
+        },
         { Sid = "PublishChampion", Effect = "Allow", Action = ["s3:PutObject"], Resource = ["${local.bucket.processed}/champion/*"] },
         {
           Sid      = "Retrain"
