@@ -37,14 +37,15 @@ bench-monitoring: install  ## false alarms and power of the drift alarm on real 
 	pytest tests/test_bench_monitoring.py -m slow -s
 
 bench-serving: install  ## the endpoint beside plain servers, under load, overload and malformed bodies; figures under bench/
-	pytest tests/test_bench_serving.py -m slow -s
+	test -x .venv-openvino/bin/python || ( uv venv -q .venv-openvino && VIRTUAL_ENV=.venv-openvino uv pip install -q openvino==2026.4.1 )
+	pytest tests/test_bench_serving.py tests/test_answer.py tests/test_server.py -m 'slow or not slow' -s
 
 image-test: install  ## builds both images with podman and runs them; needs podman, runc and, without a registry, mmdebstrap
 	pytest tests/test_images_build.py -m 'slow or not slow' --timeout 3600 -s
 
 lint: install  ## ruff; and nbdev-export, nbdev-clean and make readme would change nothing
-	ruff check pipelines tests nbs
-	ruff format --check pipelines tests
+	ruff check pipelines tests docs nbs
+	ruff format --check pipelines tests docs
 	@fresh=$$(mktemp -d) && trap 'rm -rf $$fresh' EXIT && cp -r nbs skin_lesion pyproject.toml README.md settings.ini $$fresh && \
 	find $$fresh -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf && \
 	( cd $$fresh && nbdev-export && nbdev-clean && jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md ) && \
@@ -88,6 +89,9 @@ test-infra: install .venv-infra/installed  ## the account: also applies and dest
 readme: install  ## README.md from nbs/index.ipynb
 	jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb > README.md
 
+docs: install  ## the documentation site, with search, into site/; opens from the disk
+	python docs/build.py
+
 lab: install hooks  ## JupyterLab on the notebooks; step notebooks read what they read in the last run, or in RUN=runs/ID
 	SKIN_LESION_RUN=$(abspath $(or $(RUN),$(if $(wildcard runs/latest/steps.json),runs/latest))) jupyter lab --notebook-dir=nbs
 
@@ -105,5 +109,5 @@ lock:  ## requirements.lock from pyproject.toml; what it holds already stays as 
 upgrade: install  ## requirements.lock with the newest versions of everything
 	$(COMPILE) --upgrade
 
-.PHONY: help install run test notebooks lab bench bench-training bench-monitoring lint definitions readme hooks lock upgrade bench-serving image-test lambdas studio infra-readme test-infra diagrams sbom audit leaks
+.PHONY: help install run test notebooks docs lab bench bench-training bench-monitoring lint definitions readme hooks lock upgrade bench-serving image-test lambdas studio infra-readme test-infra diagrams sbom audit leaks
 .DEFAULT_GOAL := help

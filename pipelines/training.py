@@ -36,6 +36,7 @@ from sagemaker.train.configs import Compute, InputData, MetricDefinition, Networ
 from sagemaker.train.model_trainer import ModelTrainer
 
 from skin_lesion.cloud.compile import has_local_storage
+from skin_lesion.serving.formats import ACCEPTED, ANSWERED
 from skin_lesion.settings import parameter_name, pipeline_settings
 
 ENTRYPOINT = ["skin-lesion", "step"]
@@ -296,17 +297,14 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
     )
 
 
-def build(settings) -> Pipeline:
-    """The pipeline `skin-lesion-training` with the defaults of `settings` (section.key to `Setting`)."""
-    wired = wiring(settings)
-    aws, parameter, group = wired.aws, wired.parameter, wired.aws["model_package_group"]
-    *decode, prepare = wired.prepare()
-    train = wired.train(prepare)
-    model = train.properties.ModelArtifacts.S3ModelArtifacts
-    evaluation = PropertyFile("evaluation", output_name="evaluation", path="evaluation.json")
-    evaluate = wired.evaluate(prepare, model, property_files=[evaluation])
-    register = wired.package(model, evaluate)
-    package = Join("/", [output(register, "package"), "model.tar.gz"])
+def measured(evaluation, path):
+    """A number of evaluation.json."""
+    return JsonGet(step_name="evaluate", property_file=evaluation, json_path=path)
+
+
+def registration(wired, package, evaluate) -> ModelStep:
+    """Puts the package into the model registry, where it waits for a person."""
+    aws = wired.aws
     evaluated = {
         name: MetricsSource("application/json", Join("/", [output(evaluate, "evaluation"), f"{name}.json"]))
         for name in ("evaluation", "statistics", "constraints")
@@ -316,67 +314,74 @@ def build(settings) -> Pipeline:
         model_data_statistics=evaluated["statistics"],
         model_data_constraints=evaluated["constraints"],
     )
-    add_to_registry = ModelStep(
-        "model",
-        ModelBuilder(
-            image_uri=wired.image,
-            s3_model_data_url=package,
-            role_arn=aws["role_arn"],
-            sagemaker_session=wired.session,
-        ).register(
-            model_package_group_name=group,
-            content_types=["image/jpeg", "image/png", "application/json"],
-            response_types=["application/json"],
-            inference_instances=["ml.m5.large", "ml.m5.xlarge", "ml.c5.xlarge"],
-            transform_instances=["ml.m5.xlarge", "ml.c5.xlarge"],
-            model_metrics=ModelMetrics(model_statistics=evaluated["evaluation"]),
-            drift_check_baselines=baselines,
-            approval_status="PendingManualApproval",
-            customer_metadata_properties={
-                "execution": ExecutionVariables.PIPELINE_EXECUTION_ID,
-                "architecture": parameter["train.architecture"],
-            },
-        ),
-        retry_policies=[THROTTLED],
+    model = ModelBuilder(
+        image_uri=wired.image,
+        s3_model_data_url=package,
+        role_arn=aws["role_arn"],
+        sagemaker_session=wired.session,
     )
+    registered = model.register(
+        model_package_group_name=aws["model_package_group"],
+        content_types=list(ACCEPTED),
+        response_types=list(ANSWERED),
+        inference_instances=["ml.m5.large", "ml.m5.xlarge", "ml.c5.xlarge"],
+        transform_instances=["ml.m5.xlarge", "ml.c5.xlarge"],
+        model_metrics=ModelMetrics(model_statistics=evaluated["evaluation"]),
+        drift_check_baselines=baselines,
+        approval_status="PendingManualApproval",
+        customer_metadata_properties={
+            "execution": ExecutionVariables.PIPELINE_EXECUTION_ID,
+            "architecture": wired.parameter["train.architecture"],
+        },
+    )
+    return ModelStep("model", registered, retry_policies=[THROTTLED])
 
-    def measured(path):
-        return JsonGet(step_name="evaluate", property_file=evaluation, json_path=path)
 
+def below_the_gate(evaluation, floors, margin) -> FailStep:
+    """Ends the run, and says each figure beside its floor."""
+    figures = [
+        part
+        for path, floor in floors.items()
+        for part in (
+            path,
+            " = ",
+            measured(evaluation, path),
+            ", needed ",
+            floor if isinstance(floor, ParameterFloat) else str(floor),
+            "; ",
+        )
+    ]
+    said = [
+        "The model is below the gate and is not registered. ",
+        *figures,
+        "champion.margin_left is the difference to the champion plus the margin ",
+        margin,
+        ". See evaluation.json.",
+    ]
+    return FailStep("below-the-gate", Join("", said))
+
+
+def build(settings) -> Pipeline:
+    """The pipeline `skin-lesion-training` with the defaults of `settings` (section.key to `Setting`)."""
+    wired = wiring(settings)
+    parameter = wired.parameter
+    *decode, prepare = wired.prepare()
+    train = wired.train(prepare)
+    model = train.properties.ModelArtifacts.S3ModelArtifacts
+    evaluation = PropertyFile("evaluation", output_name="evaluation", path="evaluation.json")
+    evaluate = wired.evaluate(prepare, model, property_files=[evaluation])
+    register = wired.package(model, evaluate)
+    package = Join("/", [output(register, "package"), "model.tar.gz"])
     floors = {
         "balanced_accuracy.low": parameter["gate.balanced_accuracy_low"],
         "melanoma_sensitivity.value": parameter["gate.melanoma_sensitivity"],
         "champion.margin_left": 0.0,
     }
-    below = FailStep(
-        "below-the-gate",
-        Join(
-            "",
-            [
-                "The model is below the gate and is not registered. ",
-                *(
-                    part
-                    for path, floor in floors.items()
-                    for part in (
-                        path,
-                        " = ",
-                        measured(path),
-                        ", needed ",
-                        floor if isinstance(floor, ParameterFloat) else str(floor),
-                        "; ",
-                    )
-                ),
-                "champion.margin_left is the difference to the champion plus the margin ",
-                parameter["gate.champion_margin"],
-                ". See evaluation.json.",
-            ],
-        ),
-    )
     gate = ConditionStep(
         "gate",
-        conditions=[ConditionGreaterThanOrEqualTo(measured(path), floor) for path, floor in floors.items()],
-        if_steps=[register, add_to_registry],
-        else_steps=[below],
+        conditions=[ConditionGreaterThanOrEqualTo(measured(evaluation, path), floor) for path, floor in floors.items()],
+        if_steps=[register, registration(wired, package, evaluate)],
+        else_steps=[below_the_gate(evaluation, floors, parameter["gate.champion_margin"])],
     )
 
     return Pipeline(

@@ -18,6 +18,7 @@ from skin_lesion.data.images import ImageError, load_square, read_picture, to_sq
 from skin_lesion.data.sample import write_sample
 from skin_lesion.evaluation.unknown import Unknown
 from skin_lesion.serving.answer import Answerer, content_version
+from skin_lesion.serving.batch import batch
 from skin_lesion.serving.package import pack
 from skin_lesion.serving.predictor import Predictor
 from skin_lesion.serving.quality import LIMITS, faults, quality
@@ -79,24 +80,27 @@ def server(package):
         yield server
 
 
-def agree(package, network, server, files):
+def agree(package, network, server, files, folder):
     expected = by_training_code(network, files)
+    written = folder / "answers.jsonl"
+    batch(package, [(f.name, str(f)) for f in files], written)
+    in_batch = [list(json.loads(line)["probabilities"].values()) for line in written.read_text().splitlines()]
     predicted = Predictor(package).predict_files(files)[1]
     answered = [list(a["probabilities"].values()) for a in Answerer(package).answer_files(files)]
     ask = lambda file: requests.post(
         server.url + "/invocations", file.read_bytes(), headers={"Content-Type": "image/jpeg"}
     ).json()
     served = [list(ask(file)["predictions"][0]["probabilities"].values()) for file in files]
-    for found in (predicted, answered, served):
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    for name, found in {"predict": predicted, "answer": answered, "batch": in_batch, "server": served}.items():
+        assert np.abs(np.subtract(found, expected)).max() <= 1e-4, name
 
 
-def test_training_predict_and_server_agree(package, network, server, drawn):
-    agree(package, network, server, drawn)
+def test_training_predict_batch_and_server_agree(package, network, server, drawn, tmp_path):
+    agree(package, network, server, drawn, tmp_path)
 
 
-def test_they_agree_on_two_hundred_real_pictures(package, network, server, shared_data):
-    agree(package, network, server, sorted((shared_data / "ham10000").glob("*/*.jpg"))[::50][:200])
+def test_they_agree_on_two_hundred_real_pictures(package, network, server, shared_data, tmp_path):
+    agree(package, network, server, sorted((shared_data / "ham10000").glob("*/*.jpg"))[::50][:200], tmp_path)
 
 
 def test_the_answer_is_complete(package, drawn):

@@ -272,3 +272,15 @@ def test_retries_are_only_for_what_passes_by_itself(definition):
     passing = {"Step.THROTTLING", "SageMaker.RESOURCE_LIMIT", "SageMaker.CAPACITY_ERROR"}
     for step in each_step(definition["Steps"]):
         assert {e for policy in step.get("RetryPolicies", []) for e in policy["ExceptionType"]} <= passing
+
+
+def test_a_registered_model_names_every_type_that_the_server_takes_and_gives():
+    register = next(
+        s
+        for s in each_step(json.loads(project_file("pipelines", "definitions", "training.json").read_text())["Steps"])
+        if s["Type"] == "RegisterModel"
+    )
+    types = register["Arguments"]["InferenceSpecification"]
+    described = json.loads(project_file("nbs", "serving", "openapi.json").read_text())["paths"]["/invocations"]["post"]
+    assert set(types["SupportedContentTypes"]) == set(described["requestBody"]["content"])
+    assert set(types["SupportedResponseMIMETypes"]) == set(described["responses"]["200"]["content"])

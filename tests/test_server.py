@@ -356,12 +356,12 @@ def test_a_request_over_its_deadline_gets_503(slow_package):
 
 def test_sigterm_answers_all_that_was_accepted(slow_package):
     server = Served(slow_package, SKIN_LESION_SERVING_BATCH="1")
-    with ThreadPoolExecutor(12) as clients:
-        answers = [clients.submit(ask, server, PNG) for _ in range(12)]
+    with ThreadPoolExecutor(40) as clients:
+        answers = [clients.submit(ask, server, PNG) for _ in range(40)]
         time.sleep(0.15)
         started = time.monotonic()
         assert server.stop() == 0 and time.monotonic() - started < 30
-        assert [a.result().status_code for a in answers] == [200] * 12
+        assert [a.result().status_code for a in answers] == [200] * 40
     assert server.line("draining") and any(a.result().headers.get("Connection") == "close" for a in answers)
     with pytest.raises(requests.ConnectionError):
         requests.get(server.url + "/ping")

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -38,6 +39,23 @@ def test_the_wheel_carries_settings_notebooks_and_definitions(tmp_path):
     step = project.cli("step", "prepare")
     assert step.returncode == 0, step.stderr
     assert (root / "processing/output/table/split_proof.json").exists()
+
+
+def test_the_source_distribution_makes_the_same_wheel(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t"]
+    subprocess.run([*build, "sdist", "-d", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([*build, "wheel", "-d", tmp_path / "here"], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:
+        packed.extractall(tmp_path, filter="data")
+    source = next(tmp_path.glob("skin_lesion-*/"))
+    assert not {"runs", "data", "site", ".venv"} & {p.name for p in source.iterdir()}
+    subprocess.run([*build, "wheel", "-d", tmp_path / "there"], cwd=source, check=True, capture_output=True)
+    here, there = (zipfile.ZipFile(next((tmp_path / name).glob("*.whl"))) for name in ("here", "there"))
+    names = {i.filename for i in here.infolist()}
+    assert {i.filename: i.CRC for i in here.infolist()} == {i.filename: i.CRC for i in there.infolist()}
+    for pattern in ("settings.ini", "nbs/steps/*.ipynb", "pipelines/*", "pipelines/definitions/*.json", "nbs/*/*.json", "nbs/*/*.html"):  # fmt: skip
+        carried = [p for p in ROOT.glob(pattern) if p.is_file()]
+        assert carried and {f"skin_lesion/project/{p.relative_to(ROOT).as_posix()}" for p in carried} <= names
 
 
 def test_onnx_runtime_is_told_not_to_report_its_use():

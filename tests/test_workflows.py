@@ -27,7 +27,8 @@ def test_actions_are_pinned_and_rights_are_given_a_job(path):
         publishes = (path.stem, name) == ("release", "publish")  # GitHub's releases are contents
         assert job["permissions"]["contents"] == ("write" if publishes else "read") and job["timeout-minutes"], name
         if job["permissions"].get("id-token") == "write":
-            assert job["environment"] in ("staging", "production"), name  # the role trusts these only
+            pages = (path.stem, name) == ("docs", "publish")  # the role does not trust this one
+            assert pages or job["environment"] in ("staging", "production"), name  # the role trusts these only
     assert "secrets." not in text  # OIDC: no stored key
 
 
@@ -68,6 +69,12 @@ def test_who_may_write_runs_nothing_of_the_repository_and_waits_for_the_tested_w
     assert jobs["publish"]["needs"] == "test" and jobs["test"]["needs"] == "build"
     assert not any("checkout" in step.get("uses", "") for step in jobs["publish"]["steps"] + jobs["test"]["steps"])
     assert [step["run"].split()[0] for step in jobs["publish"]["steps"] if "run" in step] == ["gh"]
+
+
+def test_who_publishes_the_site_runs_nothing_of_the_repository():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "docs.yml").read_text())["jobs"]["publish"]
+    assert job["needs"] == "build" and job["environment"]["name"] == "github-pages"
+    assert [step["uses"].split("@")[0] for step in job["steps"]] == ["actions/deploy-pages"]
 
 
 def test_make_knows_each_target_that_a_workflow_calls():

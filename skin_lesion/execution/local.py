@@ -14,6 +14,7 @@ from pathlib import Path
 from ..cloud.registry import champion_folder
 from . import engine
 from .report import write_report
+from .runs import Execution
 from ..settings import Setting, parameter_name, pipeline_settings, project_file, refuse_unused
 
 # %% ../../nbs/execution/08_local.ipynb #4fc6cc07
@@ -86,7 +87,7 @@ def run_parameters(
     text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
     refuse_unused(definition, settings)
     values = {parameter_name(name): text(s.value) for name, s in pipeline_settings(settings).items()} | {
-        'DeployPlace': 'local'}
+        'DeployPlace': 'local', 'ImageUri': settings['aws.image_uri'].value}
     places = {'InputData': raw, 'ChampionData': champion, 'UnknownData': unknown}
     values |= {name: folder.resolve().as_uri() for name, folder in places.items() if folder}
     return {p['Name']: values[p['Name']] for p in definition['Parameters'] if p['Name'] in values}
@@ -99,7 +100,7 @@ def run_locally(
     resume: str | None = None,      # a run's id or 'latest'
     unknown_dir: str | Path | None = None,  # folder of pictures that are no dermoscopy, or its s3:// address
     containers: bool = False,       # jobs run in the definition's image, by podman
-) -> int:                           # exit code
+) -> Execution:                     # status, exit_code, state, folder
     "Runs or continues a pipeline on this machine and writes its report."
     root, parallel = Path(settings['local.runs'].value), settings['local.parallel'].value
     root.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def run_locally(
                             parallel=parallel, name=f'skin-lesion-{pipeline}', containers=containers)
     report = write_report(result.folder)
     print(f'{result.status}: {result.folder}\nreport: {report}')
-    return result.exit_code
+    return result
 
 # %% ../../nbs/execution/08_local.ipynb #18149605
 def _kept(folder: Path) -> Path:

@@ -21,11 +21,11 @@ from pathlib import Path
 from ..cloud.deploy import approved, deploy_locally, read_endpoint
 from ..cloud.registry import approve, champion, read_package, versions
 from .local import data_folder, run_locally
-from .runs import find_run, read_state
+from ..exits import ALARM
 from ..monitoring.retrain import ask, count_labels, ended, limits_of, reason_of, verdict
 
 # %% auto #0
-__all__ = ['MONITORED', 'record_here', 'begin', 'on_record', 'train', 'conclude', 'serve_promoted', 'watch', 'stopped_by_signals']
+__all__ = ['record_here', 'begin', 'on_record', 'train', 'conclude', 'serve_promoted', 'watch', 'stopped_by_signals']
 
 # %% ../../nbs/execution/10_retrain.ipynb #364d65d0
 def record_here(
@@ -67,14 +67,13 @@ def train(
     captures: str | Path | None = None,  # folder of captured requests with pictures, for the data set `captured`
 ) -> Path:           # the run's folder
     "Runs the training pipeline. Captured pictures with a diagnosis are collected first, where the data set says so. Raises `RuntimeError` when it fails; the champion serves on."
-    root = Path(settings['local.runs'].value)
     with on_record(line, settings):
         if captures and 'captured' in settings['data.dataset'].value.split(','):
             from skin_lesion.monitoring.collect import collect   # which `watch` needs not
             print('captured:', dict(collect(Path(captures), Path(settings['retrain.labels'].value), data_folder(settings['data.dataset'].value, data_dir)/'captured')))
-        code = run_locally('training', settings, data_dir)
-        if code: raise RuntimeError(read_state(find_run(root)).get('FailureReason', f'the pipeline ended with exit code {code}'))
-    return find_run(root)
+        run = run_locally('training', settings, data_dir)
+        if run.exit_code: raise RuntimeError(run.state.get('FailureReason', f'the pipeline ended with exit code {run.exit_code}'))
+    return run.folder
 
 # %% ../../nbs/execution/10_retrain.ipynb #51705bbb
 def _weights(package: Path) -> str:
@@ -114,9 +113,6 @@ def serve_promoted(
     return deploy_locally(approved(root, settings['aws.model_package_group'].value, end['version']), folder)
 
 # %% ../../nbs/execution/10_retrain.ipynb #3f88b1ef
-MONITORED = 0, 4   # exit codes of `skin-lesion monitor`: without and with an alarm
-
-
 def _run(words: list[str], stop: threading.Event) -> int:
     "Runs a command; ends it when `stop` is set."
     process = subprocess.Popen(words)
@@ -139,7 +135,7 @@ def watch(
         began, rounds = time.time(), rounds + 1
         code = _run(monitor(), stop)
         if stop.is_set(): break
-        found = json.loads(event.read_text()) if code in MONITORED and event.exists() and event.stat().st_mtime >= began - 1 else None
+        found = json.loads(event.read_text()) if code in (0, ALARM) and event.exists() and event.stat().st_mtime >= began - 1 else None
         reason = found and reason_of(found)
         why = f'{reason["kind"]}: {reason["text"]}' if reason else 'no reason to retrain' if found else f'the monitor ended with exit code {code} and left no event'
         echo(f'{datetime.now():%H:%M:%S} round {rounds}: {why}')

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..exits import FAILED
 from .definition import PipelineError, Scope, Step, local_path, parameter_values
 
 # %% auto #0
@@ -50,7 +51,7 @@ class Execution:
     def status(self) -> str: return self.state['PipelineExecutionStatus']
 
     @property
-    def exit_code(self) -> int: return {'Succeeded': 0, 'Stopped': 128 + (self.stopped_by or signal.SIGTERM)}.get(self.status, 1)
+    def exit_code(self) -> int: return {'Succeeded': 0, 'Stopped': 128 + (self.stopped_by or signal.SIGTERM)}.get(self.status, FAILED)
 
     def step(self, name: str) -> dict:  # empty for one that has not started
         "The state of a step."

@@ -20,18 +20,16 @@ from pathlib import Path
 from .logs import Lines, join_streams
 from .parameters import coerce, read_arguments, read_hyperparameters, read_parameters
 from .smoke import smoke_root
+from ..exits import FAILED, REFUSED
 from ..settings import project_file
 
 # %% auto #0
-__all__ = ['FAILED', 'REFUSED', 'LEAVE_IN_ORDER', 'STOP_SECONDS', 'StepError', 'opt_ml', 'step_root', 'is_training',
-           'report_folder', 'job_hosts', 'step_name', 'find_notebook', 'kernel_environment', 'start_kernel',
-           'import_papermill', 'WholeFiles', 'Progress', 'judge', 'declared_outputs', 'missing_outputs', 'mark_failed',
-           'write_failure', 'kill_kernel', 'Stop', 'watch_parent', 'execute', 'kernel_for', 'run_step']
+__all__ = ['LEAVE_IN_ORDER', 'STOP_SECONDS', 'StepError', 'opt_ml', 'step_root', 'is_training', 'report_folder', 'job_hosts',
+           'step_name', 'find_notebook', 'kernel_environment', 'start_kernel', 'import_papermill', 'WholeFiles',
+           'Progress', 'judge', 'declared_outputs', 'missing_outputs', 'mark_failed', 'write_failure', 'kill_kernel',
+           'Stop', 'watch_parent', 'execute', 'kernel_for', 'run_step']
 
 # %% ../../nbs/execution/01_step.ipynb #4b559e73
-FAILED, REFUSED = 1, 2  # exit codes beside 0, and 128 + signal for a step that was told to stop
-
-
 class StepError(ValueError):
     "Why a step did not end well; the first line says it all, `code` is the exit code of the process."
     def __init__(self, message: str, code: int = REFUSED):
