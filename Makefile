@@ -29,8 +29,9 @@ notebooks: install  ## executes every notebook; 40_register runs the three steps
 bench: install  ## the long checks, and the figures under bench/
 	pytest -m slow --timeout 5400 -s
 
-bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; figures under bench/
-	pytest tests/test_bench_training.py -m slow -s
+TRAINING = bench_training bench_scale bench_unknown combine distributed experiments search machine prepare_memory training
+bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; data, search and training at full size; figures under bench/
+	pytest $(TRAINING:%=tests/test_%.py) tests/test_bench.py -k 'not engine and not imbalance' -m slow --timeout 5400 -s
 
 bench-monitoring: install  ## false alarms and power of the drift alarm on real pictures, beside Evidently; figures under bench/
 	test -x .venv-evidently/bin/python || ( uv venv -q .venv-evidently && VIRTUAL_ENV=.venv-evidently uv pip install -q evidently==0.7.23 'pandas<3' )

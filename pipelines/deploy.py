@@ -10,6 +10,8 @@ from skin_lesion.settings import as_variables
 
 from .training import wiring
 
+NOT_ITS = ("aws.budget", "aws.retrain_role_arn", "aws.schedule_role_arn")
+
 
 def build(settings) -> Pipeline:
     """The pipeline `skin-lesion-deploy`. The settings of serving and of the account are settled here; the job gets them as
@@ -17,7 +19,7 @@ def build(settings) -> Pipeline:
     wired = wiring(settings, "deploy_role_arn")
     place = ParameterString("DeployPlace", "sagemaker", enum_values=["local", "sagemaker"])
     environment = as_variables(
-        {n: s for n, s in settings.items() if n.split(".")[0] in ("serving", "aws") and n != "aws.budget"}
+        {n: s for n, s in settings.items() if n.split(".")[0] in ("serving", "aws") and n not in NOT_ITS}
     )
     deploy = wired.processing(
         "deploy",

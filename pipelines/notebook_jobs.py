@@ -17,6 +17,7 @@ from skin_lesion.settings import as_variables, project_file
 from .training import wiring
 
 SECTIONS = ("data", "gate", "serving", "retrain", "aws")
+NOT_ITS = ("aws.budget", "aws.retrain_role_arn", "aws.schedule_role_arn")
 
 
 class UploadedNotebook(NotebookJobStep):
@@ -38,14 +39,14 @@ def build(settings) -> Pipeline:
     """The pipeline `skin-lesion-notebook-jobs` with the defaults of `settings` (section.key to `Setting`)."""
     wired = wiring(settings)
     aws = wired.aws
-    environment = as_variables({n: s for n, s in settings.items() if n.split(".")[0] in SECTIONS and n != "aws.budget"})
+    environment = as_variables({n: s for n, s in settings.items() if n.split(".")[0] in SECTIONS and n not in NOT_ITS})
     retrain = UploadedNotebook(
         name="retrain",
         notebook_job_name="skin-lesion-retrain",
         input_notebook=str(project_file("nbs", "steps", "70_retrain.ipynb")),
         image_uri=aws["image_uri"],
         kernel_name="python3",
-        role=aws["role_arn"],
+        role=aws["retrain_role_arn"],
         s3_root_uri=f"s3://{aws['bucket']}/notebook-jobs",
         parameters={"event": '{"kind": "schedule", "text": "the monthly retraining"}', "place": "sagemaker"},
         environment_variables=environment,

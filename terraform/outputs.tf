@@ -8,6 +8,8 @@ output "settings" {
     serving_role_arn = ${module.roles.arns.serving}
     deploy_role_arn = ${module.roles.arns.deploy}
     monitor_role_arn = ${module.roles.arns.monitor}
+    retrain_role_arn = ${module.roles.arns.retrain}
+    schedule_role_arn = ${module.automation.schedule_role_arn}
     image_uri = ${module.registry.urls.steps}:${var.image_tag}
     serving_image_uri = ${module.registry.urls.serve}:${var.image_tag}
     kms_key = ${module.keys.data_alias}

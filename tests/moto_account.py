@@ -1,20 +1,25 @@
-"""moto's server for `terraform apply`, with what it lacks for this account: python tests/moto_account.py PORT
+"""moto's server for `terraform apply`, with what it lacks for this account: python tests/moto_account.py PORT [MODEL'S ADDRESS]
 
-Each gap is filled in moto's own classes, in memory, with the answers that botocore's model of the service asks for. The one
-leniency: moto wants one form of the policy that lets S3 deliver access logs, AWS takes every form that means it."""
+Each gap is filled in moto's own classes, in memory, with the answers that botocore's model of the service asks for. Two
+leniencies: moto wants one form of the policy that lets S3 deliver access logs, AWS takes every form that means it; and moto
+takes a Deny with a condition for one without, here it is none, so what TLS and KMS are asked for is not tried."""
 
 import json
 import sys
 import time
+import urllib.error
+import urllib.request
 
 from moto.applicationautoscaling.responses import ApplicationAutoScalingResponse
 from moto.budgets.responses import BudgetsResponse
 from moto.core.responses import ActionResult, EmptyResult
+from moto.iam.access_control import IAMPolicy
 from moto.s3.models import FakeBucket
 from moto.s3.responses import S3Response
 from moto.sagemaker.exceptions import ResourceNotFound
 from moto.sagemaker.models import SageMakerModelBackend
 from moto.sagemaker.responses import SageMakerResponse
+from moto.sagemakerruntime.responses import SageMakerRuntimeResponse
 from moto.server import ThreadedMotoServer
 from moto.servicequotas.responses import ServiceQuotasResponse
 from moto.stepfunctions.responses import StepFunctionResponse
@@ -42,9 +47,15 @@ def fill_s3():
 
         return answer
 
+    def get_permission(self, action, resource):
+        policy = json.loads(self.policy or '{"Statement": []}')
+        statements = [statement for statement in policy["Statement"] if "Condition" not in statement]
+        return IAMPolicy(json.dumps({"Statement": statements})).is_action_permitted(action, resource)
+
     for method in ("put", "get", "delete"):
         name = f"_bucket_response_{method}"
         setattr(S3Response, name, filled(method, getattr(S3Response, name)))
+    FakeBucket.get_permission = get_permission
     FakeBucket._log_permissions_enabled_policy = staticmethod(
         lambda target_bucket, target_prefix: b"logging.s3.amazonaws.com" in (target_bucket.policy or b"")
     )
@@ -155,7 +166,36 @@ def fill_others():
     )
 
 
-def main(port: int):
+def fill_runs(model: str):
+    """Steps of an execution, which moto lets end at once; answers of an endpoint, by the server at `model`."""
+
+    def list_pipeline_execution_steps(self):
+        arn = self._get_param("PipelineExecutionArn")
+        stored = self.sagemaker_backend.describe_pipeline_definition_for_execution(arn)["PipelineDefinition"]
+        names = [step["Name"] for step in json.loads(stored)["Steps"]]
+        return json.dumps({"PipelineExecutionSteps": [{"StepName": n, "StepStatus": "Succeeded"} for n in names]})
+
+    made = SageMakerRuntimeResponse.setup_class
+
+    def bytes_as_they_are(self, request, full_url, headers, use_raw_body=False):
+        return made(self, request, full_url, headers, use_raw_body=True)
+
+    def invoke_endpoint(self):
+        kind = {"Content-Type": self.headers["Content-Type"]}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{model}/invocations", self.body, kind)) as answer:
+                return 200, {"Content-Type": "application/json"}, answer.read()
+        except urllib.error.HTTPError as error:
+            told = {"Message": "model", "OriginalStatusCode": error.code, "OriginalMessage": error.read().decode()}
+            return 424, {"status": 424, "x-amzn-errortype": "ModelError"}, json.dumps(told)
+
+    SageMakerResponse.list_pipeline_execution_steps = list_pipeline_execution_steps
+    SageMakerRuntimeResponse.setup_class = bytes_as_they_are
+    SageMakerRuntimeResponse.invoke_endpoint = invoke_endpoint
+
+
+def main(port: int, model: str = ""):
+    fill_runs(model)
     fill_s3()
     fill_sagemaker()
     fill_others()
@@ -166,4 +206,4 @@ def main(port: int):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -109,15 +109,25 @@ def real(shared_data, network):
     return table, pool, head, rest
 
 
-def draw(lesions, rows, rng, window):
-    """Rows of a reference and of a window that share no lesion."""
-    order = pd.Series(rng.permutation(rows))
-    code = order.map(dict(zip(rows, pd.factorize(lesions[rows])[0])))
-    place = pd.Series(rng.permutation(code.max() + 1))[code].to_numpy()
-    sorted_rows, place = order.to_numpy()[np.argsort(place, kind="stable")], np.sort(place)
-    first = sorted_rows[:REFERENCE]
-    after = sorted_rows[place > place[REFERENCE - 1]]
-    return first, after[:window]
+def draw(lesions, source, rows, rng, window):
+    """Rows of a reference and of a window that share no lesion and have the same mix of sources. The lesions of each source come
+    in an order of chance and are dealt out evenly from its first to its last image."""
+    table = pd.DataFrame({"row": rows, "source": source[rows], "lesion": lesions[rows]})
+    chance = pd.Series(rng.permutation(table.lesion.nunique()), index=table.lesion.unique())
+    table["place"] = table.lesion.map(chance)
+    table = table.sort_values("place", kind="stable")
+    table["dealt"] = table.groupby("source").cumcount() / table.source.map(table.source.value_counts())
+    order = table.groupby("lesion", sort=False).dealt.min().sort_values(kind="stable").index
+    table = table.set_index("lesion").loc[order]
+    first, after = table[:REFERENCE], table[REFERENCE:]
+    after = after[after.index != first.index[-1]][:window]
+    whole = table.source.value_counts(normalize=True)
+    for part in (first, after):
+        assert (
+            not len(part)
+            or ((part.source.value_counts().reindex(whole.index, fill_value=0) - whole * len(part)).abs() <= 10).all()
+        )
+    return first.row.to_numpy(), after.row.to_numpy()
 
 
 def refer(pool, lesions, rows):
@@ -153,7 +163,7 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
     for size in (50, 500, 2500):
         alarms, simple, pairs = [], [], []
         for n in range(ALONE):
-            first, rows = draw(lesions, rest, rng, size)
+            first, rows = draw(lesions, source, rest, rng, size)
             alarms.append(compare(pool.window(refer(pool, lesions, first), rows)).alarm.any())
             simple.append(naive(pool, first, rows))
             if n < FOUND:
@@ -177,7 +187,7 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
         detect(
             name,
             [
-                (pool, draw(lesions, others, rng, 0)[0], changed, rng.choice(len(some), WINDOW, replace=False))
+                (pool, draw(lesions, source, others, rng, 0)[0], changed, rng.choice(len(some), WINDOW, replace=False))
                 for _ in range(FOUND)
             ],
         )
@@ -200,13 +210,17 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
         far = Pool(files, network).answer(head)
         n = min(WINDOW, len(files))
         detect(
-            name, [(pool, draw(lesions, rest, rng, 0)[0], far, rng.permutation(len(files))[:n]) for _ in range(FOUND)]
+            name,
+            [
+                (pool, draw(lesions, source, rest, rng, 0)[0], far, rng.permutation(len(files))[:n])
+                for _ in range(FOUND)
+            ],
         )
     figures["with drift"]["BCN20000"]["images a window"] = len(bcn)
     melanoma = table.diagnosis.to_numpy() == "MEL"
 
     def doubled():
-        first, rows = draw(lesions, rest, rng, 2500)
+        first, rows = draw(lesions, source, rest, rng, 2500)
         weight = 1.0 + melanoma[rows]
         return pool, first, pool, rng.choice(rows, WINDOW, replace=False, p=weight / weight.sum())
 

@@ -10,7 +10,14 @@ import sys
 import boto3
 import pytest
 
-from skin_lesion.cloud.compile import compile_pipeline, each_step, unsafe_jobs, validate
+from skin_lesion.cloud.compile import (
+    CALLS_AWS,
+    compile_pipeline,
+    each_step,
+    has_local_storage,
+    unsafe_jobs,
+    validate,
+)
 from skin_lesion.settings import load_settings, pipeline_settings, project_file
 
 DEFINITIONS = project_file("pipelines", "definitions")
@@ -205,6 +212,54 @@ def test_an_open_training_job_is_found(definition, path, problem):
         arguments = arguments[key]
     del arguments[path[-1]]
     assert unsafe_jobs(changed) == [f"train: {problem}"]
+
+
+ALL_JOBS = [
+    (name, step["Name"])
+    for name, text in sorted(COMMITTED.items())
+    for step in each_step(json.loads(text)["Steps"])
+    if step["Type"] in ("Processing", "Training", "Tuning")
+]
+
+
+@pytest.mark.parametrize("name, step", ALL_JOBS, ids="-".join)
+def test_whatever_is_taken_away_from_any_job_of_any_pipeline_is_found(name, step):
+    definition = json.loads(COMMITTED[name])
+    defaults = {p["Name"]: p.get("DefaultValue") for p in definition["Parameters"]}
+
+    def without(key):
+        """The definition's problems when `key` is not in the job at all; None where the job never had it."""
+        changed, arguments = change(definition, step)
+        taken = []
+
+        def take(value):
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            if isinstance(value, dict) and key in value:
+                taken.append(value.pop(key))
+            for child in list(inside):
+                take(child)
+
+        take(arguments)
+        return unsafe_jobs(changed) if taken else None
+
+    _, arguments = change(definition, step)
+    arguments = arguments.get("TrainingJobDefinition", arguments)
+    machine = arguments.get("ResourceConfig") or arguments["ProcessingResources"]["ClusterConfig"]
+    instance = machine["InstanceType"]
+    instance = instance if isinstance(instance, str) else defaults[instance["Get"].removeprefix("Parameters.")]
+    expected = {
+        "KmsKeyId": "no KMS key on its outputs",
+        "VpcConfig": "no private network",
+        "Subnets": "no private network",
+        "SecurityGroupIds": "no private network",
+        "EnableInterContainerTrafficEncryption": "no encryption between containers",
+    }
+    if step not in CALLS_AWS:
+        expected["EnableNetworkIsolation"] = "no network isolation"
+    if not has_local_storage(instance):
+        expected["VolumeKmsKeyId"] = "no KMS key on its volume"
+    for key, problem in expected.items():
+        assert without(key) == [f"{step}: {problem}"], key
 
 
 def test_a_job_that_is_not_on_spot_needs_no_checkpoint_path(definition):

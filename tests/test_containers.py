@@ -12,6 +12,7 @@ import pytest
 from test_definition import definition, fail, get, out, parameter, processing
 from test_images_build import podman  # noqa: F401, a fixture
 
+from skin_lesion.execution.cache import code_hash
 from skin_lesion.execution.containers import check_image, end_container
 from skin_lesion.execution.definition import PipelineError, local_path
 from skin_lesion.execution.engine import run
@@ -38,6 +39,9 @@ true
 RUN = "import json, sys\nfrom pathlib import Path\nfrom test_containers import start\nsys.exit(start(Path(sys.argv[1]), json.loads(sys.argv[2])).exit_code)"
 
 
+NOTEBOOK = '{"cells": []}'  # of every step
+
+
 @pytest.fixture(scope="module")
 def shell(podman, tmp_path_factory):  # noqa: F811
     """The image IMAGE; podman as the engine starts it."""
@@ -49,8 +53,13 @@ def shell(podman, tmp_path_factory):  # noqa: F811
     shutil.copy(busybox, folder / "bin" / "busybox")
     for name in ("sh", "cat", "ls", "id", "grep", "touch", "date", "sleep"):
         (folder / "bin" / name).symlink_to("busybox")
-    (folder / "bin" / "skin-lesion").write_text(PROGRAM)
-    (folder / "bin" / "skin-lesion").chmod(0o755)
+    (folder / "notebook.ipynb").write_text(NOTEBOOK)
+    asked = (
+        f"#!/bin/sh\nshift 2\nfor name; do echo {code_hash(folder / 'notebook.ipynb')}; done\n"  # what check_image asks
+    )
+    for name, text in {"skin-lesion": PROGRAM, "python3": asked}.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
     subprocess.run(["tar", "-C", folder, "-cf", folder / "image.tar", "bin"], check=True)
     podman("import", folder / "image.tar", IMAGE)
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +94,7 @@ PIPELINE = [job("prepare", "s3://bucket/raw"), training(out("prepare")), job("ev
 
 def start(folder, steps, **options):
     """Runs the steps with `folder` as its runs; as processes unless told otherwise."""
-    (folder / "notebook.ipynb").write_text('{"cells": []}')
+    (folder / "notebook.ipynb").write_text(options.pop("notebook", NOTEBOOK))
     (folder / "program").write_text(PROGRAM)
     raw = local_path("s3://bucket/raw", folder)
     raw.mkdir(parents=True, exist_ok=True)
@@ -103,13 +112,14 @@ def results(result):
     return {s.name: result.step(s.name)["CacheKey"] for s in result.steps}, ours
 
 
-def test_a_pipeline_in_containers_has_the_keys_and_the_bytes_of_the_same_in_processes(shell, tmp_path):
+def test_a_pipeline_in_containers_has_the_bytes_of_the_same_in_processes(shell, tmp_path):
     for name in ("processes", "containers"):
         (tmp_path / name).mkdir()
     here = start(tmp_path / "processes", PIPELINE, containers=False)
     there = start(tmp_path / "containers", PIPELINE)
     assert (here.status, there.status) == ("Succeeded", "Succeeded"), there.state
-    assert results(here) == results(there)
+    assert results(here)[1] == results(there)[1]
+    assert not set(results(here)[0].values()) & set(results(there)[0].values())  # none stands in for the other
     assert any(b"raw\nprepare  nevus\nevaluate  nevus\n" == text for text in results(there)[1].values())
     log = (there.folder / "steps" / "prepare" / "log.txt").read_text()
     lines = log.splitlines()
@@ -119,6 +129,20 @@ def test_a_pipeline_in_containers_has_the_keys_and_the_bytes_of_the_same_in_proc
     assert (
         "host=" in lines and "can be written" not in log
     )  # nothing of this process's environment; inputs are only read
+
+
+def test_a_result_is_that_of_one_image_and_an_image_of_another_code_is_refused(shell, tmp_path):
+    cached = job("prepare", "s3://bucket/raw") | {"CacheConfig": {"Enabled": True, "ExpireAfter": "P1D"}}
+    first, second = (start(tmp_path, [cached]) for _ in range(2))
+    assert "CacheHitResult" not in first.step("prepare") and "CacheHitResult" in second.step("prepare")
+    assert "CacheHitResult" not in start(tmp_path, [cached], containers=False).step("prepare")
+    name = shell("create", "--pull=never", IMAGE, "true").stdout.strip()
+    shell("commit", "--change=LABEL again=1", name, IMAGE)  # built again
+    shell("rm", name)
+    assert "CacheHitResult" not in start(tmp_path, [cached]).step("prepare")
+    changed = json.dumps({"cells": [{"cell_type": "code", "source": ["1"], "metadata": {}}]})
+    with pytest.raises(PipelineError, match=f"The image {IMAGE} holds another code of prepare .* podman build"):
+        start(tmp_path, [cached], notebook=changed)
 
 
 def test_a_container_that_was_killed_is_tried_again_by_the_policy_of_the_step(shell, tmp_path):
@@ -188,5 +212,5 @@ def test_what_cannot_run_is_said_before_anything_starts(shell, tmp_path, monkeyp
 def test_a_pipeline_without_jobs_needs_no_image(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PipelineError, match="podman"):
-        check_image(IMAGE)
+        check_image(IMAGE, {})
     assert start(tmp_path, [fail("end", "as asked")]).state["FailureReason"] == "end: as asked"

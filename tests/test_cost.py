@@ -297,3 +297,19 @@ def test_the_bundled_prices_cover_the_settings_and_terraform_agrees():
     default = lambda name: re.search(rf'variable "{name}" {{.*?default +=\s*(.*?)\n', variables, re.S)[1]
     assert len(json.loads(default("services"))) == cost.INTERFACES and len(json.loads(default("zones"))) == cost.ZONES
     assert int(default("monthly_budget_usd")) == settings["aws.budget"].value
+
+
+@pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
+def test_a_quiet_month_of_each_environment_is_within_its_budget_and_below_its_first_notice(alone, environment):
+    text = project_file("terraform", "environments", f"{environment}.tfvars").read_text()
+    value = lambda name: json.loads(re.search(rf"^{name} *= (\S.*?)(?: #.*)?$", text, re.M)[1])
+    assert "services" not in text  # then the endpoints would not be those that are counted
+    budget, zones = value("monthly_budget_usd"), value("zones")
+    settings = load_settings({"aws.budget": str(budget), "aws.subnets": ",".join(zones)}, environ={})
+    lines, _ = cost.estimate("month", settings)
+    (network,) = (line for line in lines if line.name == "network")
+    assert f"in {len(zones)} zones" in network.what
+    cost.refuse_over_budget("A month", lines, settings["aws.budget"].value)
+    main = project_file("terraform", "modules", "observability", "main.tf").read_text()
+    share = int(re.search(r'"FORECASTED".*?threshold += (\d+)', main, re.S)[1]) / 100
+    assert cost.total(lines)[0] < share * budget

@@ -37,7 +37,8 @@ class Account:
         self.iam, self.s3, self.kms, self.ec2 = (client(name) for name in ("iam", "s3", "kms", "ec2"))
         self.ecr, self.sagemaker = client("ecr"), client("sagemaker")
         roles = {
-            kind: self.role(kind, "sagemaker.amazonaws.com") for kind in ("pipeline", "serving", "deploy", "monitor")
+            kind: self.role(kind, "sagemaker.amazonaws.com")
+            for kind in ("pipeline", "serving", "deploy", "monitor", "retrain")
         }
         self.key = self.make_key("skin-lesion")
         self.kms.enable_key_rotation(KeyId=self.key)
@@ -60,7 +61,8 @@ class Account:
         self.values = {
             "aws.bucket": "lesions-processed",
             "aws.role_arn": roles["pipeline"],
-            **{f"aws.{kind}_role_arn": roles[kind] for kind in ("serving", "deploy", "monitor")},
+            **{f"aws.{kind}_role_arn": roles[kind] for kind in ("serving", "deploy", "monitor", "retrain")},
+            "aws.schedule_role_arn": self.role("start-by-schedule", "scheduler.amazonaws.com"),
             "aws.image_uri": f"{registry}/skin-lesion-steps:abc123",
             "aws.serving_image_uri": f"{registry}/skin-lesion-serve:abc123",
             "aws.subnets": ",".join(subnets),
@@ -141,7 +143,7 @@ def test_where_all_is_well_the_command_says_so_and_no_account_number(account, mo
     done = CliRunner().invoke(main, ["doctor", *words])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert len(lines) == 26 and all(line.startswith("ok ") for line in lines), done.output
+    assert len(lines) == 28 and all(line.startswith("ok ") for line in lines), done.output
     assert ACCOUNT not in done.output
     upsert('{"Steps": []}', "skin-lesion-window", role, account.sagemaker)
     done = CliRunner().invoke(main, ["doctor", "--json", *words])
@@ -158,7 +160,18 @@ REGISTRY = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
     [
         ("roles", "serving_role_arn", "no role of the account", lambda a: "arn:aws:iam::000000000000:role/x"),
         ("roles", "role_arn", "not found", lambda a: f"arn:aws:iam::{ACCOUNT}:role/nobody"),
-        ("roles", "deploy_role_arn", "SageMaker may not take", lambda a: a.role("function", "lambda.amazonaws.com")),
+        (
+            "roles",
+            "deploy_role_arn",
+            "sagemaker.amazonaws.com may not take",
+            lambda a: a.role("function", "lambda.amazonaws.com"),
+        ),
+        (
+            "roles",
+            "schedule_role_arn",
+            "scheduler.amazonaws.com may not take",
+            lambda a: a.values["aws.role_arn"],
+        ),
         ("key", "kms_key", "is not found", lambda a: "alias/none"),
         ("key", "kms_key", "PendingDeletion", lambda a: a.dying_key()),
         ("key", "kms_key, rotation", "off", lambda a: a.make_key("unrotated") and "alias/unrotated"),

@@ -279,8 +279,6 @@ def test_the_training_pipeline_in_containers_has_the_result_of_the_process_run(p
         assert evaluation["model"].pop("provenance")["git_commit"] == "test"
         found[place] = figures(evaluation)
         assert (run / "model.tar.gz").exists() and (run / "report" / "index.html").exists()
-    # behind training, the keys hold the bytes of the model, which names the Python that made it
-    assert keys["local"]["prepare"] == keys["containers"]["prepare"]
-    assert keys["local"]["train"] == keys["containers"]["train"]
+    assert not set(keys["local"].values()) & set(keys["containers"].values())  # these hold the image's id, too
     assert found["local"].keys() == found["containers"].keys() and len(found["local"]) > 100
     assert found["containers"] == pytest.approx(found["local"], abs=1e-4, nan_ok=True)

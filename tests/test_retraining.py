@@ -10,13 +10,15 @@ import time
 import zipfile
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 from chained_moto import ACCOUNT, REGION, serve
 from conftest import ROOT
+from moto import mock_aws
 
 from skin_lesion.evaluation.gate import compare_with_champion, gate
-from skin_lesion.monitoring.retrain import read_record
+from skin_lesion.monitoring.retrain import count_labels, read_record
 from skin_lesion.monitoring.windows import read_history
 
 BUCKET, GROUP = "skin-lesion", "skin-lesion"
@@ -174,6 +176,30 @@ def record(account, monkeypatch):
 def statuses(account):
     listed = account.client("sagemaker").list_model_packages(ModelPackageGroupName=GROUP)
     return {p["ModelPackageVersion"]: p["ModelApprovalStatus"] for p in listed["ModelPackageSummaryList"]}
+
+
+def test_labels_that_the_last_retraining_counted_are_not_read_again(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    with mock_aws():
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
+
+        def put(key, *ids):
+            lines = [json.dumps({"eventMetadata": {"eventId": id}}) for id in ids]
+            s3.put_object(Bucket=BUCKET, Key=f"labels/e/{key}.jsonl", Body="\n".join(lines))
+            return s3.head_object(Bucket=BUCKET, Key=f"labels/e/{key}.jsonl")["LastModified"]
+
+        place = f"s3://{BUCKET}/labels/e"
+        first = put("2026/01/01/00/a", "x", "y")
+        assert count_labels(place) == 2
+        history = [{"time": first.isoformat(), "id": "a", "event": "started", "labels": 50}]
+        history += [{"time": first.isoformat(), "id": "b", "event": "refused", "labels": 70}]
+        assert count_labels(place, history) == 50
+        while put("2026/01/01/01/b", "y", "z", "z") <= first:  # S3's clock has seconds
+            time.sleep(0.2)
+        assert (count_labels(place, history), count_labels(place)) == (52, 3)
 
 
 def test_drift_trains_compares_approves_and_deploys_and_a_second_alarm_is_refused(account, monkeypatch):

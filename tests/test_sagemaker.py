@@ -113,6 +113,25 @@ def test_a_pipeline_of_a_longer_name_is_not_taken_for_it(aws):
     assert {p["PipelineName"] for p in sagemaker.list_pipelines()["PipelineSummaries"]} == {NAME, NAME + "-old"}
 
 
+def test_a_pipeline_is_found_on_any_page_of_the_list(aws):
+    sagemaker, _ = aws
+    role = "arn:aws:iam::123456789012:role/pipeline"
+    for name in (NAME, *(f"{NAME}-{n}" for n in range(5))):
+        on_sagemaker.upsert(TEXT, name, role, sagemaker)
+    pages = []
+
+    def of_two(params, **_):  # the service gives ten at most
+        pages.append(params.get("NextToken"))
+        params["MaxResults"] = 2
+
+    sagemaker.meta.events.register("provide-client-params.sagemaker.ListPipelines", of_two)
+    changed = TEXT.replace("ml.m5.xlarge", "ml.m5.2xlarge")
+    for name in (NAME, f"{NAME}-4"):  # created first and last
+        on_sagemaker.upsert(changed, name, role, sagemaker)
+        assert sagemaker.describe_pipeline(PipelineName=name)["PipelineDefinition"] == changed != TEXT
+    assert len(pages) == 6 and pages[0] is None and pages[1]
+
+
 def test_the_champion_is_the_newest_approved_package_at_an_address_of_its_own(aws):
     sagemaker, s3 = aws
     publish = lambda: on_sagemaker.publish_champion(PREFIX, "alias/skin-lesion", sagemaker, s3)

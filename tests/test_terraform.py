@@ -16,10 +16,12 @@ import boto3
 import pytest
 from cfnlint.api import lint
 from cfnlint.decode import decode as decode_cfn
+from conftest import Served, colours_package
 from moto import mock_aws
 
 from skin_lesion.cloud.compile import compile_pipeline, unsafe_jobs, validate
 from skin_lesion.monitoring.windows import metric_lines
+from skin_lesion.serving.package import pack
 from skin_lesion.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +165,7 @@ def test_no_role_may_more_than_it_needs(resources):
         "serving",
         "deploy",
         "monitor",
+        "retrain",
         "studio",
     }
     assert {a: problems for a, s in found.items() if (problems := too_much(s))} == {}
@@ -448,10 +451,29 @@ def test_the_template_has_the_same_core_as_terraform(resources):
         assert bucket["LifecycleConfiguration"]["Rules"][0]["Transitions"][0]["StorageClass"] == "INTELLIGENT_TIERING"
 
     found = policies(resources)
+    others = {"schedule": 'module.automation.aws_iam_role_policy.starter["schedule"]'}
+    others |= {"breakglass": "module.roles.aws_iam_role_policy.break_glass"}
+    roles = of_type(resources, "aws_iam_role").values()
+    trusts = {
+        r["name"].removeprefix("skin-lesion-").removeprefix("start-by-").replace("-", ""): json.loads(
+            r["assume_role_policy"]
+        )
+        for r in roles
+    }
+    assert set(of_template("AWS::IAM::Role")) == {
+        f"{kind}Role" for kind in ("Pipeline", "Serving", "Deploy", "Monitor", "Retrain", "Schedule", "BreakGlass")
+    }
     for name, role in of_template("AWS::IAM::Role").items():
         kind = name.removesuffix("Role").lower()
-        there = found[f'module.roles.aws_iam_role_policy.this["{kind}"]']
-        assert [told(s) for s in role["Policies"][0]["PolicyDocument"]["Statement"]] == [told(s) for s in there], kind
+        there = found[others.get(kind, f'module.roles.aws_iam_role_policy.this["{kind}"]')]
+        there = [told(s) for s in there if (kind, s["Sid"]) != ("schedule", "Retraining")]  # Terraform's only
+        assert [told(s) for s in role["Policies"][0]["PolicyDocument"]["Statement"]] == there, kind
+        (here,), (trust,) = role["AssumeRolePolicyDocument"]["Statement"], trusts[kind]["Statement"]
+        principal = {"AWS": "root"} if "AWS" in trust["Principal"] else trust["Principal"]
+        assert {k: "root" if "Fn::Sub" in v else v for k, v in here["Principal"].items()} == principal, kind
+        assert {op: sorted(of) for op, of in here["Condition"].items()} == {
+            op: sorted(of) for op, of in trust["Condition"].items()
+        }, kind
 
     for repository in of_template("AWS::ECR::Repository").values():
         assert (
@@ -485,12 +507,21 @@ SERVICES = (
 ).split()
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model's folder, and a real server of it."""
+    folder = colours_package(tmp_path_factory.mktemp("colours") / "package")
+    (folder / "evaluation.json").write_text("{}")
+    with Served(folder) as served:
+        yield folder, served.url
+
+
 @pytest.fixture
-def moto():
-    """A moto server on loopback; gives its address."""
+def moto(model):
+    """A moto server on loopback, whose endpoints answer as the model does; gives its address."""
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("moto_account.py"), str(port)],
+        [sys.executable, Path(__file__).with_name("moto_account.py"), str(port), model[1]],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -529,6 +560,7 @@ def left(url):
         service, region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
     )
     sagemaker, ec2 = client("sagemaker"), client("ec2")
+    scaled = client("application-autoscaling").describe_scalable_targets(ServiceNamespace="sagemaker")
     return {
         "buckets": [b["Name"] for b in client("s3").list_buckets()["Buckets"]],
         "roles": [r["RoleName"] for r in client("iam").list_roles()["Roles"]],
@@ -547,6 +579,10 @@ def left(url):
         "schedules": [s["Name"] for s in client("scheduler").list_schedules()["Schedules"]],
         "pipelines": [p["PipelineName"] for p in sagemaker.list_pipelines()["PipelineSummaries"]],
         "domains": [d["DomainId"] for d in sagemaker.list_domains()["Domains"]],
+        "served": [e["EndpointName"] for e in sagemaker.list_endpoints()["Endpoints"]],
+        "served by": [c["EndpointConfigName"] for c in sagemaker.list_endpoint_configs()["EndpointConfigs"]],
+        "models": [m["ModelName"] for m in sagemaker.list_models()["Models"]],
+        "scaled": scaled["ScalableTargets"],
         "groups": sagemaker.list_model_package_groups()["ModelPackageGroupSummaryList"],
     }
 
@@ -556,13 +592,11 @@ def the_doctor_finds_all_of_it(url, settings, folder):
     (folder / "settings.ini").write_text(settings)
     env = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url}
     words = [sys.executable, "-c", "from skin_lesion.cli import main; main()", "doctor", "--json"]
-    look = lambda: subprocess.run(
-        words, cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    look = lambda *more: subprocess.run(
+        [*words, *more], cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    done = look()
-    lines = json.loads(done.stdout)
-    wrong = {line["name"] for line in lines if line["state"] != "ok"}
-    assert done.returncode == 1 and wrong == {"aws.image_uri", "aws.serving_image_uri"}, done.stdout
+    done = look("--before-deploy")  # of the workflow: the images are not there
+    assert done.returncode == 0, done.stdout
     ecr = boto3.client(
         "ecr", region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
     )
@@ -570,16 +604,58 @@ def the_doctor_finds_all_of_it(url, settings, folder):
         manifest = json.dumps({"mediaType": "application/vnd.oci.image.manifest.v1+json", "of": name})
         ecr.put_image(repositoryName=f"skin-lesion-{name}", imageManifest=manifest, imageTag="unset")
     done = look()
+    lines = json.loads(done.stdout)
     assert done.returncode == 0, done.stdout
     assert {f"pipeline skin-lesion-{name}" for name in ("training", "deploy", "notebook-jobs")} <= {
         line["name"] for line in lines
     }
 
 
+def a_run_and_a_deployment_work_there_and_teardown_takes_the_endpoint_away(url, folder, package):
+    """With the settings of Terraform's output, by the commands that a person gives."""
+    env = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url}
+    program = [sys.executable, "-c", "from skin_lesion.cli import main; main()"]
+
+    def command(*words):
+        done = subprocess.run(
+            [*program, *words], cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    ran = command("run", "training", "--on", "sagemaker")
+    assert "was started as execution" in ran and "Succeeded" in ran.splitlines()[-1]
+    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
+    client = lambda service: boto3.client(service, region_name="eu-west-1", endpoint_url=url, **keys)
+    bucket = re.search("^bucket = (.*)$", (folder / "settings.ini").read_text(), re.M)[1]
+    client("s3").upload_file(str(pack(package, folder / "model.tar.gz")), bucket, "runs/1/model.tar.gz")
+    address = f"s3://{bucket}/runs/1/model.tar.gz"
+    client("sagemaker").create_model_package(
+        ModelPackageGroupName="skin-lesion",
+        ModelApprovalStatus="Approved",
+        InferenceSpecification={
+            "Containers": [{"Image": "steps", "ModelDataUrl": address}],
+            "SupportedContentTypes": ["image/jpeg"],
+            "SupportedResponseMIMETypes": ["application/json"],
+        },
+    )
+    said = command("deploy", "--on", "sagemaker", "--all")
+    assert said.count(" is there") == 2 and said.count(" is as compiled") == 7, said  # Terraform's, and no other
+    assert "answers with version 1" in said.splitlines()[-1]
+    there = left(url)
+    (target,) = there["scaled"]
+    assert there["served"] == ["skin-lesion"] and (target["MinCapacity"], target["MaxCapacity"]) == (1, 5)
+    scaling = client("application-autoscaling").describe_scaling_policies(ServiceNamespace="sagemaker")
+    assert [p["PolicyName"] for p in scaling["ScalingPolicies"]] == ["skin-lesion-load"]
+    command("teardown", "--on", "sagemaker")
+    there = left(url)
+    assert not (there["served"] or there["served by"] or there["models"] or there["scaled"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
-def test_an_account_comes_up_and_goes_again_without_a_rest(staged, moto, tmp_path, environment):
+def test_an_account_comes_up_and_goes_again_without_a_rest(staged, model, moto, tmp_path, environment):
     root = tmp_path / "account"
     shutil.copytree(staged.parent, root, ignore=shutil.ignore_patterns(".terraform*"))
     folder = root / "terraform"
@@ -597,6 +673,7 @@ def test_an_account_comes_up_and_goes_again_without_a_rest(staged, moto, tmp_pat
     assert "role_arn = arn:aws:iam::123456789012:role/skin-lesion-pipeline" in said
     if environment == "dev":
         the_doctor_finds_all_of_it(moto, said, tmp_path)
+        a_run_and_a_deployment_work_there_and_teardown_takes_the_endpoint_away(moto, tmp_path, model[0])
     done = run("terraform", "destroy", *words, cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     assert {kind: names for kind, names in left(moto).items() if names} == {}

@@ -1,8 +1,11 @@
 """The workflows of .github: pinned by commit, no more rights than they need, and nothing that a linter finds."""
 
+import os
 import re
 import shutil
 import subprocess
+import textwrap
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,32 @@ def test_production_waits_for_the_smoke_test_and_for_a_person():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text())["jobs"]
     assert jobs["production"]["needs"] == "smoke" and jobs["smoke"]["needs"] == "staging"
     assert jobs["production"]["environment"] == "production"  # its required reviewers are the approval
+
+
+@pytest.mark.parametrize("job", ["staging", "production"])
+def test_a_deployment_is_the_command_with_the_settings_of_terraform_and_this_commit(job, tmp_path):
+    """The steps between checkout and install are run here for real; the account's side is in test_terraform.py."""
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text())["jobs"][job]["steps"]
+    commands = [step["run"] for step in steps if "run" in step]
+    program = "../.venv/bin/skin-lesion "
+    assert [c.removeprefix(program) for c in commands if c.startswith(program)] == [
+        "doctor --before-deploy",
+        "deploy --on sagemaker --all",
+        "doctor",
+    ]
+    assert all(step["working-directory"] == "account" for step in steps if program in step.get("run", ""))
+    output = (ROOT / "terraform" / "outputs.tf").read_text().split("EOT\n")[1]
+    text = re.sub(r"\$\{.*?\}", "skin", textwrap.dedent(output)).replace("skin:skin", "1.dkr.ecr/skin-lesion:old")
+    env = os.environ | {"SETTINGS": text, "GITHUB_SHA": "f" * 40}
+    subprocess.run(["bash", "-e", "-c", commands[0]], cwd=tmp_path, env=env, check=True, stdout=subprocess.DEVNULL)
+    made = ConfigParser()
+    made.read(tmp_path / "account" / "settings.ini")
+    uris = [made["aws"][key] for key in ("image_uri", "serving_image_uri")]
+    assert uris == [f"1.dkr.ecr/skin-lesion:{'f' * 40}"] * 2
+    assert {"role_arn", "schedule_role_arn", "kms_key"} <= set(made["aws"]) and made["serving"]["capture"]
+    env["SETTINGS"] = ""  # the variable is not there
+    shutil.rmtree(tmp_path / "account")
+    assert subprocess.run(["bash", "-e", "-c", commands[0]], cwd=tmp_path, env=env, capture_output=True).returncode
 
 
 def test_who_may_write_runs_nothing_of_the_repository_and_waits_for_the_tested_wheel():

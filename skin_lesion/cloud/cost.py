@@ -114,7 +114,8 @@ def past_there(
     sagemaker,         # the SageMaker client
 ) -> dict[str, Past]:  # by step, the newest execution of each
     "What the last ten executions in the account took; none where the pipeline is not there."
-    if all(p['PipelineName'] != name for p in sagemaker.list_pipelines(PipelineNamePrefix=name)['PipelineSummaries']): return {}
+    pages = sagemaker.get_paginator('list_pipelines').paginate(PipelineNamePrefix=name)
+    if all(p['PipelineName'] != name for page in pages for p in page['PipelineSummaries']): return {}
     executions = sagemaker.list_pipeline_executions(PipelineName=name, SortBy='CreationTime', SortOrder='Descending', MaxResults=10)['PipelineExecutionSummaries']
     found = {}
     for arn in (e['PipelineExecutionArn'] for e in executions):
@@ -190,7 +191,7 @@ def endpoint_cost(
                  HOURS_A_MONTH*3600*side_by_side*second, f'assumed: {REQUESTS:,} requests of {REQUEST_SECONDS} s')]
 
 # %% ../../nbs/cloud/10_cost.ipynb #021b82be
-INTERFACES, ZONES, NIGHTS, MONTH_GB = 12, 2, 30, 50   # as terraform/ makes them by default; GB in S3
+INTERFACES, ZONES, NIGHTS, MONTH_GB = 12, 2, 30, 50   # as terraform/ makes them by default, zones at least; GB in S3
 
 
 def month_cost(
@@ -204,8 +205,9 @@ def month_cost(
         expected, most = total(run)
         times, limit = (NIGHTS, NIGHTS) if name == 'monitoring' else (1, allowed)
         lines.append(Line(name, f'{times} × a run, at most {limit}', times*expected, limit*most, f'skin-lesion cost {name}'))
-    network, storage = INTERFACES*ZONES*HOURS_A_MONTH*prices['interface_endpoint_hour'], MONTH_GB*prices['s3_gb_month']
-    return [*lines, Line('network', f'{INTERFACES} interface endpoints in {ZONES} zones', network, network, "Terraform's defaults"),
+    zones = max(ZONES, len(settings['aws.subnets'].value.split(',')))
+    network, storage = INTERFACES*zones*HOURS_A_MONTH*prices['interface_endpoint_hour'], MONTH_GB*prices['s3_gb_month']
+    return [*lines, Line('network', f'{INTERFACES} interface endpoints in {zones} zones', network, network, "Terraform's defaults"),
             Line('storage', f'{MONTH_GB} GB in S3', storage, storage, 'assumed')]
 
 # %% ../../nbs/cloud/10_cost.ipynb #3a2c950a

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
+import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from .compile import compile_pipeline, unsafe_jobs
+from .doctor import trusts
 from .sagemaker import clients, redact, upsert
 from ..settings import project_file
 
@@ -31,18 +34,25 @@ def input_address(
 def put_schedule(
     name: str,    # of the pipeline in the account
     cron: str,    # six fields, UTC
-    role: str,    # that the schedule takes
+    role: str,    # ARN of the one that the schedule takes
     region: str,
 ) -> str:         # ARN of the schedule
     "Creates or updates the schedule of a pipeline, by the SDK's `PipelineSchedule`. Raises `ValueError` for a role that may not."
-    from sagemaker.core.helper.iam_role_resolver import RoleValidationError
     from sagemaker.core.helper.session_helper import Session   # seconds to import
     from sagemaker.mlops.workflow.pipeline import Pipeline
     from sagemaker.mlops.workflow.triggers import PipelineSchedule
-    import boto3
-    pipeline = Pipeline(name=name, sagemaker_session=Session(boto_session=boto3.Session(region_name=region)))
-    try: [arn] = pipeline.put_triggers([PipelineSchedule(name=name, cron=cron)], role_arn=role)
-    except (BotoCoreError, ClientError, RoleValidationError) as error: raise ValueError(f'The schedule was refused: {redact(str(error))}') from None
+    session, before = boto3.Session(region_name=region), os.environ.get('SAGEMAKER_VALIDATE_ROLE')
+    try:
+        if not trusts(session.client('iam').get_role(RoleName=role.rsplit('/', 1)[1])['Role']['AssumeRolePolicyDocument'], 'scheduler.amazonaws.com'):
+            raise ValueError(f'aws.schedule_role_arn = {redact(role)} does not let EventBridge Scheduler (scheduler.amazonaws.com) take it. '
+                             'Name the one that Terraform makes for it: terraform output -raw settings.')
+        os.environ['SAGEMAKER_VALIDATE_ROLE'] = 'false'
+        pipeline = Pipeline(name=name, sagemaker_session=Session(boto_session=session))
+        [arn] = pipeline.put_triggers([PipelineSchedule(name=name, cron=cron)], role_arn=role)
+    except (BotoCoreError, ClientError) as error: raise ValueError(f'The schedule was refused: {redact(str(error))}') from None
+    finally:
+        os.environ.pop('SAGEMAKER_VALIDATE_ROLE', None)
+        if before is not None: os.environ['SAGEMAKER_VALIDATE_ROLE'] = before
     return arn
 
 
@@ -59,5 +69,5 @@ def schedule_notebook(
     notebook = project_file('nbs', 'steps', '70_retrain.ipynb')
     s3.put_object(Bucket=bucket, Key=f'{key}/{notebook.name}', Body=notebook.read_bytes(), ServerSideEncryption='aws:kms', SSEKMSKeyId=settings['aws.kms_key'].value)
     upsert(text, name, settings['aws.role_arn'].value, sagemaker)
-    put_schedule(name, cron, settings['aws.role_arn'].value, settings['aws.region'].value)
+    put_schedule(name, cron, settings['aws.schedule_role_arn'].value, settings['aws.region'].value)
     echo(f'{name}: {notebook.name} runs at cron({cron}), UTC')

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from datetime import UTC, datetime
 
 import boto3
 
 from .sagemaker import follow, publish_champion, redact
-from ..monitoring.retrain import ask, count_labels, ended, limits_of, reason_of, verdict
+from ..monitoring.retrain import ask, count_labels, ended, limits_of, read_record, reason_of, verdict
 
 # %% auto #0
 __all__ = ['record_place', 'guard', 'start_stage', 'challenger', 'decide', 'failed', 'run_stage', 'ask_by_hand']
@@ -38,8 +39,9 @@ def guard(
     "Whether this event starts a retraining. Raises `ValueError` for a person or schedule without a reason."
     if event.get('source') == 'aws.s3': event = _read_json(f's3://{event["detail"]["bucket"]["name"]}/{event["detail"]["object"]["key"]}')
     if (reason := reason_of(event)) is None: return {'id': id, 'event': 'refused', 'says': 'not retrained: no drift that lasts, and no lower quality'}
-    line = ask(record_place(settings), id, reason, limits_of(settings), count_labels(settings['retrain.labels'].value),
-               force=event.get('force') is True, kms_key=settings['aws.kms_key'].value)
+    place, now = record_place(settings), datetime.now(UTC)   # the clock before counting: the next one reads what comes from now on
+    labels = count_labels(settings['retrain.labels'].value, read_record(place))
+    line = ask(place, id, reason, limits_of(settings), labels, force=event.get('force') is True, at=now, kms_key=settings['aws.kms_key'].value)
     print(redact(line['says']))
     return line
 

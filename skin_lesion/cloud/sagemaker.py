@@ -49,7 +49,7 @@ def upsert(
     client,           # the SageMaker client
 ):
     "Create the pipeline in the account, or update the one of that name."
-    there = client.list_pipelines(PipelineNamePrefix=name)['PipelineSummaries']
+    there = [p for page in client.get_paginator('list_pipelines').paginate(PipelineNamePrefix=name) for p in page['PipelineSummaries']]
     arguments = {'PipelineName': name, 'PipelineDefinition': definition, 'RoleArn': role}
     if any(p['PipelineName'] == name for p in there): client.update_pipeline(**arguments)
     else: client.create_pipeline(**arguments, Tags=TAGS)
@@ -97,7 +97,8 @@ def publish_champion(
 ) -> str:  # the address to start the pipeline with: below `prefix`, the champion's version or `none`
     "Copy the newest approved package of the group, and champion.json, to where `evaluate` reads them."
     group = prefix.rsplit('/', 1)[1]
-    groups = sagemaker.list_model_package_groups(NameContains=group, MaxResults=100)['ModelPackageGroupSummaryList']
+    pages = sagemaker.get_paginator('list_model_package_groups').paginate(NameContains=group)
+    groups = [g for page in pages for g in page['ModelPackageGroupSummaryList']]
     approved = sagemaker.list_model_packages(
         ModelPackageGroupName=group, ModelApprovalStatus='Approved', SortBy='CreationTime', SortOrder='Descending',
         MaxResults=1)['ModelPackageSummaryList'] if any(g['ModelPackageGroupName'] == group for g in groups) else []

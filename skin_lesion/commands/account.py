@@ -19,17 +19,21 @@ from ..settings import load_settings
 @click.command(short_help='has the account what the settings name?', epilog=examples(
     'skin-lesion doctor',
     'skin-lesion doctor --set aws.region=eu-central-1  # another region',
+    'skin-lesion doctor --before-deploy                # images and pipelines may still be missing',
     'skin-lesion doctor --json                         # for a script'))
+@click.option('--before-deploy', is_flag=True, help='Leave out what `deploy --on sagemaker --all` puts there itself: images and pipelines.')
 @json_option
 @set_option
-def doctor(as_json, pairs):
+def doctor(before_deploy, as_json, pairs):
     """Whether the account has what the settings name, and what to do about what it lacks: credentials, region, roles,
     key, buckets, network, images, registry, quotas, and definitions as they are compiled, committed and deployed.
 
     Exit code 0 when all is well, 1 otherwise."""
+    from skin_lesion.cloud.doctor import PUT_BY_DEPLOY
     from skin_lesion.cloud.doctor import doctor as look
     found = []
     for line in look(load_settings(overrides_of(pairs))):
+        if before_deploy and PUT_BY_DEPLOY.match(line.name): continue
         found.append(line)
         if not as_json: click.echo(f'{coloured(line.state, 11)} {line.name}: {line.value}' + (f' -> {line.advice}' if line.advice else ''))
     if as_json: click.echo(json.dumps([line._asdict() for line in found], indent=1))

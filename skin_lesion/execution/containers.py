@@ -38,17 +38,28 @@ def isolated(
     return bool(arguments.get('EnableNetworkIsolation') or (arguments.get('NetworkConfig') or {}).get('EnableNetworkIsolation'))
 
 
+_CODE = ('import sys; from skin_lesion.execution.cache import code_hash; from skin_lesion.execution.step import find_notebook\n'
+         'for name in sys.argv[1:]: print(code_hash(find_notebook(name)))')
+
+
 def check_image(
     image: str,  # as the definition names it
-) -> None:
-    "Raises `PipelineError` with the remedy when podman or the image is not on this machine."
+    codes: dict[str, str],  # step to `code_hash` of its notebook here
+) -> str:  # the image's id
+    "Raises `PipelineError` with the remedy when podman or the image is not on this machine, or the image has another code."
     if not shutil.which('podman'):
         raise PipelineError('podman, which runs the containers, is not on this machine: install it, or leave --on containers out')
+    build = f'podman build --format docker -f pipelines/images/steps/Dockerfile -t {image} .'
     found = subprocess.run(['podman', 'image', 'exists', image], capture_output=True, text=True)
     if found.returncode > 1: raise PipelineError(f'podman does not work on this machine: {found.stderr.strip()[-500:]}')
     if found.returncode: raise PipelineError(
-        f'The image {image} is not on this machine. Build it from the checkout: podman build --format docker '
-        f'-f pipelines/images/steps/Dockerfile -t {image} . Another name is setting aws.image_uri')
+        f'The image {image} is not on this machine. Build it from the checkout: {build} Another name is setting aws.image_uri')
+    words = ['podman', 'run', '--rm', '--pull=never', '--network=none', '--cap-drop=all', '--entrypoint=python3', image, '-c', _CODE, *codes]
+    asked = subprocess.run(words, capture_output=True, text=True)
+    if asked.returncode: raise PipelineError(f'The image {image} does not say what code it holds. Build it again: {build} It said: {asked.stderr.strip()[-300:]}')
+    if other := [name for (name, code), there in zip(codes.items(), asked.stdout.split(), strict=True) if code != there]:
+        raise PipelineError(f'The image {image} holds another code of {", ".join(other)} than this checkout. Build it again: {build}')
+    return subprocess.run(['podman', 'image', 'inspect', '--format={{.Id}}', image], capture_output=True, text=True, check=True).stdout.strip()
 
 # %% ../../nbs/execution/04b_containers.ipynb #68e120c1
 def end_container(

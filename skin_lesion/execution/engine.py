@@ -158,6 +158,7 @@ def _key(run: Execution, step: Step, arguments: dict | None = None) -> str:
     "The cache key of a step; a step that is no job passes on the keys before it."
     before = [run.step(name)['CacheKey'] for name in step.waits_for]
     code = cache.code_hash(run.notebook(container_words(step))) if arguments else ''
+    if arguments and run.images: code += run.images[resolve(container_image(step), run.scope)]
     return cache.step_key(step.type, arguments or {}, lambda uri: _content(run, find_input(uri, run.root)), code, before)
 
 
@@ -357,14 +358,18 @@ def run(
     if resume: folder, definition, given = saved_run(root, run_id, definition, given)
     steps, values = plan(definition, given, lambda step: _check(step, command, notebook, containers))
     jobs = [s for s in steps if s.type in ('Processing', 'Training')] if containers else []
-    for image in sorted({resolve(container_image(s), Scope(values, {}, {}, {}, root)) for s in jobs}): check_image(image)
+    codes, images = {}, {}
+    for step in jobs:
+        image = resolve(container_image(step), Scope(values, {}, {}, {}, root))
+        codes.setdefault(image, {})[container_words(step)[2]] = cache.code_hash(notebook(container_words(step)))
+    for image in sorted(codes): images[image] = check_image(image, codes[image])
     if not resume: folder = new_run(root, name, run_id, definition, values)
     with locked(folder):
         point_latest(folder)
         state = json.loads((folder/'steps.json').read_text(encoding='utf-8'))
         state.pop('FailureReason', None)
         state['PipelineExecutionStatus'] = 'Executing'
-        execution = Execution(folder, root, state, steps, scope_of(state, steps, values, root), command, notebook, containers)
+        execution = Execution(folder, root, state, steps, scope_of(state, steps, values, root), command, notebook, containers, images)
         save(execution)
         try:
             with _signals(execution): _execute(execution, parallel)

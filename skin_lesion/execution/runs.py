@@ -40,6 +40,7 @@ class Execution:
     command: Callable        # container's command to a command of this machine
     notebook: Callable       # container's command to the notebook it runs
     containers: bool = False # jobs run in the definition's image, by podman
+    images: dict[str, str] = field(default_factory=dict)  # of containers: the image's name to its id
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     hashes: dict[Path, str] = field(default_factory=dict)  # of what lies in S3, by path
     stopped_by: int = 0      # the signal

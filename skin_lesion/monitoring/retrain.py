@@ -201,6 +201,7 @@ def labelled(
 
 def count_labels(
     place: str,  # a file or folder of ground truth, or s3://bucket/prefix; empty for none
+    history: list[dict] = (),  # lines of the record, oldest first; what the last retraining counted in s3:// is not read again
 ) -> int:
     "How many requests have a label by now."
     if not place: return 0
@@ -208,10 +209,11 @@ def count_labels(
         files = [Path(place)] if Path(place).is_file() else sorted(Path(place).rglob('*.jsonl'))
         return len(set().union(*(labelled(file.open(encoding='utf-8', errors='replace')) for file in files)))
     s3, where = _s3_object(place)
+    last = next((line for line in reversed(history) if line['event'] == 'started'), None)
     pages = s3.get_paginator('list_objects_v2').paginate(Bucket=where['Bucket'], Prefix=where['Key'].rstrip('/') + '/')
-    keys = [o['Key'] for page in pages for o in page.get('Contents', ()) if o['Key'].endswith('.jsonl')]
+    keys = [o['Key'] for page in pages for o in page.get('Contents', ()) if o['Key'].endswith('.jsonl') and (last is None or o['LastModified'] > _at(last))]
     read = lambda key: s3.get_object(Bucket=where['Bucket'], Key=key)['Body'].read().decode(errors='replace').splitlines()
-    return len(set().union(*(labelled(read(key)) for key in keys)))
+    return (last['labels'] if last else 0) + len(set().union(*(labelled(read(key)) for key in keys)))
 
 # %% ../../nbs/monitoring/09_retrain.ipynb #768eadf3
 def verdict(

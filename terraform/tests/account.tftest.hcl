@@ -68,6 +68,10 @@ override_resource {
   target = module.roles.aws_iam_role.this["serving"]
   values = { arn = "arn:aws:iam::000000000000:role/mock-serving" }
 }
+override_resource {
+  target = module.roles.aws_iam_role.this["retrain"]
+  values = { arn = "arn:aws:iam::000000000000:role/mock-retrain" }
+}
 
 variables {
   environment       = "staging"

@@ -236,7 +236,7 @@ resource "aws_iam_role_policy" "starter" {
         Sid    = "PipelinesByTheCalendar"
         Effect = "Allow"
         Action = ["sagemaker:StartPipelineExecution"]
-        Resource = [for name in setintersection(["training", "monitoring"], keys(var.pipelines)) :
+        Resource = [for name in setintersection(["training", "monitoring", "notebook-jobs"], keys(var.pipelines)) :
         "${local.sagemaker}:pipeline/${var.name}-${name}"]
       }],
     )

@@ -3,6 +3,11 @@ output "state_machine_arn" {
   value       = local.retrains ? aws_sfn_state_machine.retraining[0].arn : ""
 }
 
+output "schedule_role_arn" {
+  description = "Role that EventBridge Scheduler takes; it may start retraining, monitoring and the notebook job."
+  value       = aws_iam_role.starter["schedule"].arn
+}
+
 output "retrain_url" {
   description = "Where a signed POST starts retraining; empty where there is none."
   value       = local.retrains ? "${aws_apigatewayv2_api.this[0].api_endpoint}/retrain" : ""

@@ -5,7 +5,7 @@ locals {
   place     = "${var.region}:${var.account_id}"
   sagemaker = "arn:${var.partition}:sagemaker:${local.place}"
   bucket    = { for kind, name in var.buckets : kind => "arn:${var.partition}:s3:::${name}" }
-  role      = { for kind in ["pipeline", "serving", "deploy", "monitor", "studio"] : kind => "arn:${var.partition}:iam::${var.account_id}:role/${var.name}-${kind}" }
+  role      = { for kind in ["pipeline", "serving", "deploy", "monitor", "retrain", "studio"] : kind => "arn:${var.partition}:iam::${var.account_id}:role/${var.name}-${kind}" }
 
   trust = jsonencode({
     Version = "2012-10-17"
@@ -107,13 +107,13 @@ locals {
         Sid       = "RolesOfTheJobs"
         Effect    = "Allow"
         Action    = ["iam:PassRole"]
-        Resource  = [local.role.pipeline, local.role.deploy, local.role.monitor]
+        Resource  = [local.role.pipeline, local.role.deploy, local.role.monitor, local.role.retrain]
         Condition = { StringEquals = { "iam:PassedToService" = "sagemaker.amazonaws.com" } }
       },
       { Sid = "ListData", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.raw, local.bucket.processed, local.bucket.models, local.bucket.capture] },
       # captures: the data set `captured`
       { Sid = "ReadData", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.raw}/*", "${local.bucket.processed}/*", "${local.bucket.models}/*", "${local.bucket.capture}/*"] },
-      { Sid = "WriteRuns", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*", "${local.bucket.processed}/notebook-jobs/*"] },
+      { Sid = "WriteRuns", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*"] },
     ])
 
     # the container that answers requests: a model, and captures
@@ -189,6 +189,28 @@ locals {
       { Sid = "ListCaptures", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.capture, local.bucket.processed, local.bucket.models] },
       { Sid = "ReadCaptures", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.capture}/*", "${local.bucket.processed}/runs/*", "${local.bucket.processed}/champion/*", "${local.bucket.processed}/challenger/*", "${local.bucket.processed}/labels/*", "${local.bucket.processed}/monitoring/*", "${local.bucket.models}/*"] },
       { Sid = "WriteReports", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*", "${local.bucket.processed}/monitoring/*", "${local.bucket.reports}/*"] },
+    ])
+
+    # the notebook job of the pipeline notebook_jobs, 70_retrain: asks the guards, runs two pipelines, decides
+    retrain = concat(local.container, local.read_models, [
+      { Sid = "TheNotebook", Effect = "Allow", Action = ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/notebook-jobs/*"] },
+      { Sid = "Record", Effect = "Allow", Action = ["s3:GetObject", "s3:PutObject"], Resource = ["${local.bucket.processed}/retraining/record.jsonl"] },
+      { Sid = "Labels", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.processed}/labels/*"] },
+      { Sid = "PackageTags", Effect = "Allow", Action = ["s3:GetObjectTagging"], Resource = ["${local.bucket.processed}/runs/*"] },
+      { Sid = "PublishChampion", Effect = "Allow", Action = ["s3:PutObject", "s3:PutObjectTagging", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/champion/*"] },
+      {
+        Sid      = "RunPipelines"
+        Effect   = "Allow"
+        Action   = ["sagemaker:StartPipelineExecution", "sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps"]
+        Resource = flatten([for name in ["training", "window"] : ["${local.sagemaker}:pipeline/${var.name}-${name}", "${local.sagemaker}:pipeline/${var.name}-${name}/execution/*"]])
+      },
+      {
+        Sid      = "Decide"
+        Effect   = "Allow"
+        Action   = ["sagemaker:ListModelPackages", "sagemaker:DescribeModelPackage", "sagemaker:UpdateModelPackage"]
+        Resource = ["${local.sagemaker}:model-package-group/${var.model_package_group}", "${local.sagemaker}:model-package/${var.model_package_group}/*"]
+      },
+      { Sid = "Lists", Effect = "Allow", Action = ["sagemaker:ListModelPackageGroups"], Resource = ["*"] },
     ])
 
     # a person in Studio: reads the data, starts and follows the pipelines, decides about packages
@@ -336,6 +358,23 @@ resource "aws_iam_role_policy" "github" {
           Resource = ["${local.sagemaker}:pipeline/${var.name}-*"]
         },
         { Sid = "ListPipelines", Effect = "Allow", Action = ["sagemaker:ListPipelines"], Resource = ["*"] },
+        # what `skin-lesion doctor` looks at
+        { Sid = "LookAtRoles", Effect = "Allow", Action = ["iam:GetRole"], Resource = ["arn:${var.partition}:iam::${var.account_id}:role/${var.name}-*"] },
+        { Sid = "LookAtKey", Effect = "Allow", Action = ["kms:GetKeyRotationStatus"], Resource = [var.data_key_arn] },
+        {
+          Sid      = "LookAtBuckets"
+          Effect   = "Allow"
+          Action   = ["s3:ListBucket", "s3:GetBucketLocation", "s3:GetEncryptionConfiguration", "s3:GetBucketVersioning", "s3:GetBucketPublicAccessBlock"]
+          Resource = [local.bucket.processed, local.bucket.capture]
+        },
+        { Sid = "LookAtGroup", Effect = "Allow", Action = ["sagemaker:DescribeModelPackageGroup"], Resource = ["${local.sagemaker}:model-package-group/${var.model_package_group}"] },
+        {
+          Sid       = "LookAtNetworkAndQuotas"
+          Effect    = "Allow"
+          Action    = ["ec2:DescribeSubnets", "ec2:DescribeSecurityGroups", "ec2:DescribeRegions", "servicequotas:ListServiceQuotas", "servicequotas:ListAWSDefaultServiceQuotas"]
+          Resource  = ["*"]
+          Condition = { StringEquals = { "aws:RequestedRegion" = var.region } }
+        },
         { Sid = "PublishChampion", Effect = "Allow", Action = ["s3:PutObject"], Resource = ["${local.bucket.processed}/champion/*"] },
         {
           Sid      = "Retrain"

@@ -1,5 +1,5 @@
 output "arns" {
-  description = "Kind of job (pipeline, serving, deploy, monitor, studio) to the ARN of its role; it exists with its policy."
+  description = "Kind of job (pipeline, serving, deploy, monitor, retrain, studio) to the ARN of its role; it exists with its policy."
   value       = { for kind, policy in aws_iam_role_policy.this : kind => aws_iam_role.this[kind].arn }
 }
 

@@ -6,9 +6,9 @@ resource "aws_sagemaker_model_package_group" "this" {
 locals {
   # The committed definitions hold placeholders of settings.ini [aws]; here the account's own values take their place.
   role = "arn:aws:iam::000000000000:role/skin-lesion"
-  roled = { for name, text in var.definitions : name => replace(replace(replace(replace(text,
+  roled = { for name, text in var.definitions : name => replace(replace(replace(replace(replace(text,
     "${local.role}-pipeline", var.roles.pipeline), "${local.role}-serving", var.roles.serving),
-  "${local.role}-deploy", var.roles.deploy), "${local.role}-monitor", var.roles.monitor) }
+  "${local.role}-deploy", var.roles.deploy), "${local.role}-monitor", var.roles.monitor), "${local.role}-retrain", var.roles.retrain) }
   registry = "000000000000.dkr.ecr.eu-west-1.amazonaws.com"
   imaged = { for name, text in local.roled : name => replace(replace(text,
     "${local.registry}/skin-lesion-steps:latest", var.images.steps),

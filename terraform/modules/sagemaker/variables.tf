@@ -83,8 +83,8 @@ variable "roles" {
   description = "Kind of job to ARN of its role, of module roles."
   type        = map(string)
   validation {
-    condition     = length(setsubtract(["pipeline", "serving", "deploy", "monitor", "studio"], keys(var.roles))) == 0
-    error_message = "roles must have pipeline, serving, deploy, monitor and studio."
+    condition     = length(setsubtract(["pipeline", "serving", "deploy", "monitor", "retrain", "studio"], keys(var.roles))) == 0
+    error_message = "roles must have pipeline, serving, deploy, monitor, retrain and studio."
   }
 }
 
