@@ -25,6 +25,7 @@ from nbconvert.exporters.html import HTMLExporter
 from nbconvert.filters import Highlight2HTML
 from nbdev.config import nbpath2html
 
+from skin_lesion.cli import main
 from skin_lesion.execution.pages import NOTEBOOK_STYLE, STYLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +79,18 @@ def words(text: str) -> str:
     return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
+def commands(command: click.Command, typed: str = "skin-lesion"):
+    """Each command with the words that are typed for it."""
+    yield command, typed
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, f"{typed} {name}")
+
+
 def described(name: str, thing, source: str, place: str, level: int = 3) -> tuple[str, str]:
     """A public name as HTML and as text for the search: its signature with comments, its docstring, its methods."""
     methods, language = [], "python"
     if isinstance(thing, click.Command):
-        with click.Context(thing, info_name=f"skin-lesion {thing.name}".replace(" main", "")) as context:
+        with click.Context(thing, info_name=dict(commands(main))[thing]) as context:
             code, doc, language = thing.get_help(context), "", "text"
     elif inspect.isclass(thing) or inspect.isroutine(thing) or isinstance(thing, property):
         shown = MarkdownRenderer(thing, name=name)

@@ -98,6 +98,7 @@ def test_comments_and_docstrings_of_functions_are_shown(pages):
     assert seen > 1000 and bare == []
     shown = pages["data/splits.html"].text
     assert "seeds:int=10, # random splits to average" in shown
+    assert "Usage: skin-lesion data list" in pages["commands/data.html"].text
 
 
 def test_no_link_is_dead_no_id_stands_twice_and_nothing_is_loaded_from_elsewhere(site, pages):
