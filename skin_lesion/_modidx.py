@@ -49,6 +49,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'skin_lesion/cloud/cost.py'),
                                         'skin_lesion.cloud.cost.refuse_over_budget': ( 'cloud/cost.html#refuse_over_budget',
                                                                                        'skin_lesion/cloud/cost.py'),
+                                        'skin_lesion.cloud.cost.retraining_cost': ( 'cloud/cost.html#retraining_cost',
+                                                                                    'skin_lesion/cloud/cost.py'),
                                         'skin_lesion.cloud.cost.table': ('cloud/cost.html#table', 'skin_lesion/cloud/cost.py'),
                                         'skin_lesion.cloud.cost.total': ('cloud/cost.html#total', 'skin_lesion/cloud/cost.py'),
                                         'skin_lesion.cloud.cost.untagged': ('cloud/cost.html#untagged', 'skin_lesion/cloud/cost.py')},
