@@ -250,7 +250,7 @@ windows, statistics, extremes = Windows(reference, 24, None), Statistics(referen
 captures = Captures(folder/"capture", model["classes"], reference.axes.shape[1], aside=folder/"aside")
 for piece in captures:
     windows.add(piece), judged.add(piece), estimate.add(piece.probabilities)
-    statistics.add(piece.rows[NUMBERS], piece.rows[LABELS]), extremes.add(piece.rows, piece.projected)
+    statistics.add(piece.rows[NUMBERS], piece.rows[LABELS]), extremes.add(piece.rows, piece.projected, windows)
 decided = decide(windows, 0.05, 0.1)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"seconds": time.perf_counter() - began, "processor": time.process_time(), "peak": peak/1024, "counts": dict(captures.counts), "windows": len(decided), "judged": judged.count}))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 import pytest
 from click.testing import CliRunner
+from conftest import ROOT
 
 from skin_lesion.cli import main
 from skin_lesion.monitoring.example import write_example
@@ -81,6 +82,15 @@ def test_the_report_shows_histograms_and_pictures(drifted):
     notebook = json.loads((drifted[0] / "processing/output/report/60_monitor.ipynb").read_text())
     figures = [o for c in notebook["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(figures) == 2, "distributions, and the nearest and farthest pictures"
+
+
+def test_a_report_without_captured_pictures_says_how_to_get_them(drawn, tmp_path):
+    root = make_root(tmp_path / "a", drawn / "none")
+    done = monitor(root)
+    assert done.returncode == 0, done.stderr
+    words = "no pictures were captured; turn serving.capture_pictures on"
+    assert words in done.stdout
+    assert words in (root / "processing/output/report/60_monitor.ipynb").read_text()
 
 
 def test_files_have_model_monitors_schema(drifted):
@@ -254,3 +264,23 @@ def test_the_event_is_put_where_a_setting_says_so(tmp_path, monkeypatch):
         assert events.describe_archive(ArchiveName="kept")["EventCount"] == 1
     finally:
         server.stop()
+
+
+def test_plain_papermill_runs_it_as_the_notebook_job_does(drawn, tmp_path):
+    """With the parameters, variables and channels of the committed definition."""
+    steps = json.loads((ROOT / "pipelines/definitions/notebook_jobs.json").read_text())["Steps"]
+    job = next(step["Arguments"] for step in steps if step["Name"] == "monitor")
+    assert job["Environment"]["SM_INPUT_NOTEBOOK_NAME"] == "60_monitor.ipynb" and job["EnableNetworkIsolation"]
+    channels = [c["ChannelName"] for c in job["InputDataConfig"]][1:]
+    assert channels == ["capture", "package", "labels", "history"]
+    for name in ("capture", "package", "labels"):
+        shutil.copytree(drawn / "drift" / name, tmp_path / "input/data" / name)
+    given = [word for name, text in job["HyperParameters"].items() for word in ("-r", name, text)]
+    words = ["-m", "papermill", str(ROOT / "nbs/steps/60_monitor.ipynb"), str(tmp_path / "done.ipynb"), *given]
+    env = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT} | job["Environment"]
+    env |= {"SKIN_LESION_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = outputs(tmp_path, "output/data/monitor")
+    assert [w["alarm"] for w in found["drift.json"]["windows"]] == [False, False, True, True]
+    assert found["event.json"]["detail"]["lasting"]

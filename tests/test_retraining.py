@@ -378,6 +378,21 @@ def test_plain_papermill_runs_the_same_notebook_with_texts_as_a_notebook_job_doe
     assert "new labels: 0 pictures were labelled since the last one, 50 are needed" in out.read_text()
 
 
+def test_the_guard_refuses_above_the_budget_in_money(account, monkeypatch):
+    """By the prices that are in the function's own zip."""
+    client = account.client("lambda")
+    variables = SETTINGS | {"SKIN_LESION_AWS_BUDGET": "1"}
+    client.update_function_configuration(FunctionName="retrain_guard", Environment={"Variables": variables})
+    payload = json.dumps({"id": "x", "event": {"kind": "person", "text": "a new dermatoscope"}})
+    answer = json.load(client.invoke(FunctionName="retrain_guard", Payload=payload)["Payload"])
+    assert answer["event"] == "refused", answer
+    assert re.search(
+        r"not retrained: budget: 0 started in \w+ \d{4}, 4 are allowed; "
+        r"with this one US\$ \d+\.\d\d this month, 1 are allowed \(setting aws.budget\)$",
+        answer["says"],
+    ), answer["says"]
+
+
 def statements():
     for path in sorted(LAMBDAS.glob("*/policy.json")):
         for statement in json.loads(path.read_text())["Statement"]:

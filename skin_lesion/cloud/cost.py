@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME', 'HOURS_A_MONTH', 'ASSUMED_HOURS', 'ASSUMED_PAID', 'START_HOURS', 'RUN_GB', 'REQUESTS', 'REQUEST_SECONDS',
            'INTERFACES', 'ZONES', 'NIGHTS', 'MONTH_GB', 'load_prices', 'refresh_prices', 'Past', 'past_here',
-           'past_there', 'Line', 'pipeline_cost', 'total', 'endpoint_cost', 'month_cost', 'idle_endpoints', 'untagged',
-           'estimate', 'refuse_over_budget', 'table']
+           'past_there', 'Line', 'pipeline_cost', 'total', 'retraining_cost', 'endpoint_cost', 'month_cost',
+           'idle_endpoints', 'untagged', 'estimate', 'refuse_over_budget', 'table']
 
 # %% ../../nbs/cloud/10_cost.ipynb #6df970b7
 import json
@@ -170,6 +170,15 @@ def pipeline_cost(
 def total(lines: list[Line]) -> tuple[float, float]:  # US$ expected, and at most
     "The sum of an estimate."
     return sum(line.expected for line in lines), sum(line.most for line in lines)
+
+
+def retraining_cost(
+    settings: dict,  # section.key to `Setting`, of `load_settings`
+) -> float | None:   # US$, expected; None where the region has no prices here
+    "What a run of training costs, by the committed definition and assumed hours: for a Lambda function, which compiles nothing and asks nobody."
+    definition = json.loads(project_file('pipelines', 'definitions', 'training.json').read_text())
+    try: return total(pipeline_cost(definition, load_prices(settings), {}))[0]
+    except ValueError: return None
 
 # %% ../../nbs/cloud/10_cost.ipynb #d3294b75
 REQUESTS, REQUEST_SECONDS = 10_000, .2   # a month, and how long one takes; of a serverless endpoint

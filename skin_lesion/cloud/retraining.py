@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 import boto3
 
+from .cost import retraining_cost
 from .sagemaker import follow, publish_champion, redact
 from ..monitoring.retrain import ask, count_labels, ended, limits_of, read_record, reason_of, verdict
 
@@ -41,7 +42,7 @@ def guard(
     if (reason := reason_of(event)) is None: return {'id': id, 'event': 'refused', 'says': 'not retrained: no drift that lasts, and no lower quality'}
     place, now = record_place(settings), datetime.now(UTC)   # the clock before counting: the next one reads what comes from now on
     labels = count_labels(settings['retrain.labels'].value, read_record(place))
-    line = ask(place, id, reason, limits_of(settings), labels, force=event.get('force') is True, at=now, kms_key=settings['aws.kms_key'].value)
+    line = ask(place, id, reason, limits_of(settings, retraining_cost(settings)), labels, force=event.get('force') is True, at=now, kms_key=settings['aws.kms_key'].value)
     print(redact(line['says']))
     return line
 

@@ -150,12 +150,12 @@ def watch(capture, labels, minutes, data_dir, pairs):
     click.echo(f'stopped after {rounds} rounds')
 
 # %% ../../nbs/commands/06_monitoring.ipynb #2ce90fd0
-@click.command(short_help="the retraining notebook into the account's calendar", epilog=examples(
+@click.command(short_help="the monitor's report and the retraining into the account's calendar", epilog=examples(
     'skin-lesion schedule                         # on the first of each month',
     "skin-lesion schedule --cron '0 6 ? * MON *'  # every Monday"))
 @click.option('--cron', default='0 6 1 * ? *', show_default=True, help='Minute, hour, day, month, day of the week, year; UTC.')
 @set_option
 def schedule(cron, pairs):
-    "Puts the retraining notebook into the account as a SageMaker notebook job that runs on a schedule."
+    "Puts the notebooks of the monitor and of the retraining into the account as SageMaker notebook jobs that run on a schedule."
     from skin_lesion.cloud.notebook_jobs import schedule_notebook
     schedule_notebook(load_settings(overrides_of(pairs)), cron, click.echo)

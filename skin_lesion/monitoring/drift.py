@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.special import kolmogorov
 from scipy.stats import chi2
 
-from .reference import Reference, bin_counts, label_counts
+from .reference import DISTANCES, Reference, bin_counts, distances, label_counts
 
 # %% auto #0
 __all__ = ['DRAWS', 'FEWEST', 'Window', 'holm', 'compare', 'persists']
@@ -27,6 +27,7 @@ class Window:
     labels: dict[str, np.ndarray] = field(default_factory=dict)  # label -> pictures of each value, and of others
     wave_sum: np.ndarray | float = 0.
     seen: int = 0  # pictures whose features were captured
+    distance: np.ndarray | int = 0  # pictures in each bin of distance; drawn, not tested
 
     def add(self,
         numbers: pd.DataFrame,  # (n, ...), columns of the reference; others are ignored, missing ones are not compared
@@ -42,6 +43,7 @@ class Window:
         if projected is not None and len(projected):
             self.wave_sum = self.wave_sum + self.reference.waves(projected).sum(axis=0)
             self.seen += len(projected)
+            self.distance = self.distance + bin_counts(distances(projected), DISTANCES)
         return self
 
 # %% ../../nbs/monitoring/04_drift.ipynb #30d6007d

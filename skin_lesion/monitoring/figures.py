@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from ..data.images import to_square
 from ..evaluation.figures import ACCENT, GREY, SECOND, _axes, _title
 from .drift import Window
+from .reference import DISTANCES, distances
 from .statistics import describe_change
+from .windows import Windows
 from ..serving.formats import parse
 
 # %% auto #0
@@ -39,17 +41,25 @@ def _draw_label(ax, aspect: str, window: Window):
     ax.set(xlabel=aspect, ylabel='share')
 
 
+def _draw_features(ax, aspect: str, window: Window):
+    edges = np.array([0, *DISTANCES, 2*DISTANCES[-1] - DISTANCES[-2]])   # the last bin is open
+    for counts, colour, name in ((window.reference.distance, GREY, 'reference'), (window.distance, SECOND, 'window')):
+        if counts is not None: ax.stairs(counts/counts.sum(), edges, color=colour, label=name, lw=1.5)
+    ax.set(xlabel='distance from the middle of the features', ylabel='share')
+
+
 def drift_figure(
     window: Window,
-    compared: pd.DataFrame,  # of `compare`; its alarms are drawn, six at most, the features' apart
+    compared: pd.DataFrame,  # of `compare`; its alarms are drawn, six at most, the features' always
     synthetic: bool = False,
-) -> Figure | None:          # None where nothing that can be drawn alarms
+) -> Figure | None:          # None where nothing alarms
     "The aspects that alarm, in the window and in the reference."
-    drawn = [(aspect, row) for aspect, row in compared[compared.alarm].iterrows() if row.kind != 'features'][:6]
+    alarms = compared[compared.alarm]
+    drawn = [*alarms[alarms.kind == 'features'].iterrows(), *alarms[alarms.kind != 'features'].iterrows()][:6] if len(alarms) else []
     if not drawn: return None
     fig, axes = _axes(7.5, 2.4*-(-len(drawn)//3), nrows=-(-len(drawn)//3), ncols=3, squeeze=False)
     for ax, (aspect, row) in zip(axes.flat, drawn):
-        {'number': _draw_number, 'label': _draw_label}[row.kind](ax, aspect, window)
+        {'number': _draw_number, 'label': _draw_label, 'features': _draw_features}[row.kind](ax, aspect, window)
         ax.set_title(f'effect {row.effect:.2f}, p {row.adjusted:.1g}', fontsize=8)
     for ax in axes.flat[len(drawn):]: ax.axis('off')
     axes.flat[0].legend(fontsize=7, frameon=False)
@@ -58,7 +68,7 @@ def drift_figure(
 
 # %% ../../nbs/monitoring/08_figures.ipynb #ec59c579
 class Extremes:
-    "The captured pictures nearest to the reference's middle and farthest from it, of pieces that come by."
+    "The captured pictures of the newest window nearest to the reference's middle and farthest from it, of pieces that come by."
     def __init__(self,
         count: int = 6,  # of each
     ):
@@ -67,13 +77,22 @@ class Extremes:
     def add(self,
         rows: pd.DataFrame,     # of a `Piece`
         projected: np.ndarray,  # (n, A)
+        windows: Windows,       # that have counted these pictures
     ) -> Extremes:
-        "Looks at some pictures; itself."
-        far = np.linalg.norm(projected, axis=1)/np.sqrt(projected.shape[1])
-        here = rows[['file', 'offset', 'picture']].assign(distance=far)[rows.pictured.to_numpy(bool) & np.isfinite(far)]
-        together = pd.concat([self.kept, here]).sort_values('distance')
-        self.kept = together if len(together) <= 2*self.count else pd.concat([together[:self.count], together[-self.count:]])
+        "Looks at some pictures, and forgets windows older than the newest that can be decided; itself."
+        far = distances(projected)
+        here = rows[['file', 'offset', 'picture']].assign(distance=far, window=windows.numbers(rows))[rows.pictured.to_numpy(bool) & np.isfinite(far)]
+        together = pd.concat([self.kept, here], ignore_index=True)
+        if (newest := windows.newest()) is not None: together = together[together.window >= newest]
+        window = together.sort_values('distance').groupby('window')
+        self.kept = together.loc[window.head(self.count).index.union(window.tail(self.count).index)].sort_values(['window', 'distance'])
         return self
+
+    def of(self,
+        window: int | None,  # its number, of `Windows.newest`
+    ) -> pd.DataFrame:       # the nearest first
+        "Those of a window."
+        return self.kept[self.kept.window == window] if len(self.kept) else self.kept
 
 
 def captured_square(
@@ -90,16 +109,16 @@ def captured_square(
 
 
 def extremes_figure(
-    extremes: Extremes,
+    kept: pd.DataFrame,  # of `Extremes.of`
     image_size: int,
     synthetic: bool = False,
 ) -> Figure | None:  # None where no pictures were captured
     "Nearest and farthest pictures, with their distance from the reference's middle in standard deviations an axis."
-    if not len(extremes.kept): return None
-    half = -(-len(extremes.kept)//2)
+    if not len(kept): return None
+    half = -(-len(kept)//2)
     fig, axes = _axes(1.2*half, 3.2, nrows=2, ncols=half, squeeze=False)
     for ax in axes.flat: ax.axis('off')
-    for ax, row in zip(axes.flat, extremes.kept.itertuples()):
+    for ax, row in zip(axes.flat, kept.itertuples()):
         ax.imshow(captured_square(row.file, row.offset, row.picture, image_size))
         ax.set_title(f'{row.distance:.1f}', fontsize=8, color=ACCENT)
     fig.suptitle(_title('Nearest to the reference (above) and farthest from it (below)', synthetic), fontsize=10)

@@ -17,8 +17,8 @@ from scipy.sparse.linalg import svds
 from .properties import image_properties
 
 # %% auto #0
-__all__ = ['BINS', 'AXES', 'WAVES', 'FEWEST', 'REFERENCE', 'design_effect', 'bin_counts', 'label_counts', 'Reference',
-           'fit_reference', 'sketch', 'save_reference', 'load_reference']
+__all__ = ['BINS', 'AXES', 'WAVES', 'DISTANCES', 'FEWEST', 'REFERENCE', 'design_effect', 'distances', 'bin_counts',
+           'label_counts', 'Reference', 'fit_reference', 'sketch', 'save_reference', 'load_reference']
 
 # %% ../../nbs/monitoring/03_reference.ipynb #1987e597
 def design_effect(
@@ -38,6 +38,14 @@ def design_effect(
 
 # %% ../../nbs/monitoring/03_reference.ipynb #3fb7347f
 BINS, AXES, WAVES = 32, 16, 128
+DISTANCES = np.linspace(0, 3, BINS)[1:]  # inner edges of the bins of distance
+
+
+def distances(
+    projected: np.ndarray,  # (N, A), of `Reference.project`
+) -> np.ndarray:  # (N,)
+    "How far pictures lie from the reference's middle, in standard deviations an axis."
+    return np.linalg.norm(projected, axis=1)/np.sqrt(projected.shape[1])
 
 
 def _waves(projected: np.ndarray, frequency: np.ndarray, phase: np.ndarray) -> np.ndarray:
@@ -93,6 +101,7 @@ class Reference:
     phase: np.ndarray  # (128,)
     wave: np.ndarray  # (128,), mean
     spread: np.ndarray  # (128,), eigenvalues of the waves' covariance
+    distance: np.ndarray | None = None  # (32,), pictures in each bin of distance; None in packages of older versions
 
     def project(self,
         features: np.ndarray,  # (N, D)
@@ -133,7 +142,7 @@ def fit_reference(
     design['features'] = float(np.average(design_effect(waves, lesions), weights=waves.var(axis=0)))
     return Reference(len(numbers), edges, {c: bin_counts(numbers[c].to_numpy(float), e) for c, e in edges.items()}, known,
                      {c: label_counts(labels[c], v) for c, v in known.items()}, design, centre, axes, frequency, phase,
-                     waves.mean(axis=0), np.clip(np.linalg.eigvalsh(np.cov(waves.T)), 0, None))
+                     waves.mean(axis=0), np.clip(np.linalg.eigvalsh(np.cov(waves.T)), 0, None), bin_counts(distances(projected), DISTANCES))
 
 # %% ../../nbs/monitoring/03_reference.ipynb #f9acc34b
 def sketch(
@@ -157,6 +166,7 @@ def save_reference(
 ) -> Path:
     "Writes `reference.safetensors`."
     arrays = {name: getattr(reference, name) for name in _ARRAYS}
+    if reference.distance is not None: arrays['distance'] = reference.distance
     for kind in ('edges', 'counts', 'label_counts'): arrays |= {f'{kind}.{c}': v for c, v in getattr(reference, kind).items()}
     about = {'images': reference.images, 'labels': reference.labels, 'design': reference.design}
     path = Path(folder)/REFERENCE
@@ -175,4 +185,4 @@ def load_reference(
     arrays = load(path.read_bytes())
     about = json.loads(arrays['about'].tobytes())
     inner = {kind: {k.split('.', 1)[1]: v for k, v in arrays.items() if k.startswith(f'{kind}.')} for kind in ('edges', 'counts', 'label_counts')}
-    return Reference(**about, **inner, **{name: arrays[name] for name in _ARRAYS})
+    return Reference(**about, **inner, **{name: arrays[name] for name in _ARRAYS}, distance=arrays.get('distance'))

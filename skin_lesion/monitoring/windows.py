@@ -69,12 +69,22 @@ class Windows:
     ) -> Windows:
         "Counts some captured pictures; itself."
         self.first, self.last = min(self.first, piece.rows['at'].min()), max(self.last, piece.rows['at'].max())
-        origin = self.since or datetime.fromtimestamp(0, UTC)
-        number = ((piece.rows['at'] - origin).dt.total_seconds()//(self.hours*3600)).astype(int) if self.hours else pd.Series(0, piece.rows.index)
+        number = self.numbers(piece.rows)
         for n in number.unique():
             here = (number == n).to_numpy()
             self.tallies.setdefault(n, Tally(Window(self.reference))).add(piece.rows[here], piece.projected[here])
         return self
+
+    def numbers(self,
+        rows: pd.DataFrame,  # of a `Piece`
+    ) -> pd.Series:          # int
+        "The window of each picture."
+        origin = self.since or datetime.fromtimestamp(0, UTC)
+        return ((rows['at'] - origin).dt.total_seconds()//(self.hours*3600)).astype(int) if self.hours else pd.Series(0, rows.index)
+
+    def newest(self) -> int | None:
+        "The newest window so far that can be decided; None where there is none yet."
+        return max((n for n, tally in self.tallies.items() if tally.window.images >= FEWEST), default=None)
 
     def bounds(self,
         n: int,

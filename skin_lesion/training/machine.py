@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .models import ARCHITECTURES, Classifier
+from .models import ARCHITECTURES, Classifier, own_size
 
 # %% ../../nbs/training/02a_machine.ipynb #67895836
 def choose_device() -> torch.device:
@@ -186,7 +186,7 @@ def plan(
 ) -> dict:                     # pixels, parameters, gflops (of one picture, forward, a multiply and an add are two), memory (bytes)
     "What a network is like to train, in float32 with AdamW and averaged weights."
     with torch.device('meta'): model = Classifier(architecture, classes)
-    size = image_size or model.net.pretrained_cfg['input_size'][-1]
+    size = image_size or own_size(architecture)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, size, size, 3, dtype=torch.uint8, device='meta'))
     return {'pixels': size, 'parameters': sum(p.numel() for p in model.parameters()), 'gflops': counter.get_total_flops() / 1e9,

@@ -10,12 +10,19 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIBRARY = (
     "settings.ini",
+    "nbs/cloud/prices.json",
+    "pipelines/definitions/training.json",
     "skin_lesion/__init__.py",
     "skin_lesion/settings.py",
     "skin_lesion/cloud/__init__.py",
     "skin_lesion/cloud/compile.py",
+    "skin_lesion/cloud/cost.py",
     "skin_lesion/cloud/retraining.py",
     "skin_lesion/cloud/sagemaker.py",
+    "skin_lesion/execution/__init__.py",
+    "skin_lesion/execution/definition.py",
+    "skin_lesion/execution/runs.py",
+    "skin_lesion/exits.py",
     "skin_lesion/monitoring/__init__.py",
     "skin_lesion/monitoring/retrain.py",
 )
