@@ -111,10 +111,10 @@ def account(root: Path) -> str:
         .split("default")[1]
         .split("\n")[0]
     )
-    others = re.findall(r'"aws_iam_role" "(?!this")(\w+)"', (terraform / "modules" / "roles" / "main.tf").read_text())
+    unlisted = re.findall(r'"aws_iam_role" "(?!this")(\w+)"', (terraform / "modules" / "roles" / "main.tf").read_text())
     lists = {
         "registry": images,
-        "roles": ["a role for each of " + ", ".join([*access(terraform), *others])],
+        "roles": ["a role for each of " + ", ".join([*access(terraform), *unlisted])],
         "keys": ["for " + ", ".join(sorted(name for name in uses if "keys" in uses[name] and name != "roles"))],
         "automation": sorted(p.parent.name for p in (terraform / "lambdas").glob("*/handler.py")),
     }
@@ -131,7 +131,8 @@ def account(root: Path) -> str:
     lines.append(f'    subgraph network["network: {", ".join(kinds_of(terraform, "network"))}"]')
     for role in access(terraform):
         names = [name for name in roles if roles[name] == role]
-        text = "jobs of " + ", ".join(names) if names else {"serving": "endpoint", "studio": "Studio: people"}[role]
+        others = {"serving": "endpoint", "studio": "Studio: people", "retrain": "notebook job: retraining"}
+        text = "jobs of " + ", ".join(names) if names else others[role]
         lines.append(f'      {role}["{text}<br/>role {role}"]')
     lines += ["    end", f'    subgraph storage["storage: {", ".join(kinds_of(terraform, "storage"))}"]']
     lines += [f'      bucket_{name}[("{name}")]' for name in quoted(buckets[1]) + quoted(buckets[2])]

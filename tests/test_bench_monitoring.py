@@ -172,7 +172,8 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
         figures["without drift"][f"{size:,} images"] = found
         print(size, found, flush=True)
 
-    def detect(name, pairs):
+    def detect(name, pair):
+        pairs = [pair() for _ in range(FOUND)]
         alarms = [
             compare(other.window(refer(pool, lesions, first), rows)).alarm.any() for _, first, other, rows in pairs
         ]
@@ -184,21 +185,11 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
     others = rest[~np.isin(lesions[rest], lesions[some])]
     for name, change in CHANGES.items():
         changed = Pool([shared_data / "ham10000" / table.path[i] for i in some], network, change).answer(head)
-        detect(
-            name,
-            [
-                (pool, draw(lesions, source, others, rng, 0)[0], changed, rng.choice(len(some), WINDOW, replace=False))
-                for _ in range(FOUND)
-            ],
-        )
+        window = lambda: rng.choice(len(some), WINDOW, replace=False)
+        detect(name, lambda changed=changed: (pool, draw(lesions, source, others, rng, 0)[0], changed, window()))
     modern, rosendahl = (rest[source[rest] == s] for s in ("vidir_modern", "rosendahl"))
-    detect(
-        "another source",
-        [
-            (pool, rng.choice(modern, REFERENCE, replace=False), pool, rng.choice(rosendahl, WINDOW, replace=False))
-            for _ in range(FOUND)
-        ],
-    )
+    some_of = lambda rows, n: (pool, rng.choice(rows, n, replace=False))
+    detect("another source", lambda: (*some_of(modern, REFERENCE), *some_of(rosendahl, WINDOW)))
     folder = shared_data / "isic2019"
     isic, _ = read_dataset("isic2019", folder)
     bcn = [folder / p for p in isic.path[isic.source == "BCN"]]
@@ -209,13 +200,8 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
     for name, files in foreign.items():
         far = Pool(files, network).answer(head)
         n = min(WINDOW, len(files))
-        detect(
-            name,
-            [
-                (pool, draw(lesions, source, rest, rng, 0)[0], far, rng.permutation(len(files))[:n])
-                for _ in range(FOUND)
-            ],
-        )
+        first = lambda: draw(lesions, source, rest, rng, 0)[0]
+        detect(name, lambda far=far, n=n, count=len(files): (pool, first(), far, rng.permutation(count)[:n]))
     figures["with drift"]["BCN20000"]["images a window"] = len(bcn)
     melanoma = table.diagnosis.to_numpy() == "MEL"
 
@@ -224,7 +210,7 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
         weight = 1.0 + melanoma[rows]
         return pool, first, pool, rng.choice(rows, WINDOW, replace=False, p=weight / weight.sum())
 
-    detect("twice as many melanomas", [doubled() for _ in range(FOUND)])
+    detect("twice as many melanomas", doubled)
     keep("drift", figures)
     for size, found in figures["without drift"].items():
         assert found["ours"]["low"] <= 0.05, f"{size}: more false alarms than the rate"

@@ -15,7 +15,7 @@ import skin_lesion
 from skin_lesion.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = {".venv", ".venv-infra", ".venv-evidently", ".git", ".ipynb_checkpoints", "build", "dist", "site", "_proc", "_docs", "data", "runs", "node_modules"}  # fmt: skip
+IGNORED = {".venv", ".venv-infra", ".venv-evidently", ".venv-openvino", ".git", ".ipynb_checkpoints", "build", "dist", "site", "_proc", "_docs", "data", "runs", "node_modules"}  # fmt: skip
 
 
 def found(pattern):
