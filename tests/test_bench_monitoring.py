@@ -183,10 +183,10 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
     figures["with drift"] = {}
     some = rng.choice(rest, 2500, replace=False)
     others = rest[~np.isin(lesions[rest], lesions[some])]
+    first_of = lambda rows: draw(lesions, source, rows, rng, 0)[0]
     for name, change in CHANGES.items():
         changed = Pool([shared_data / "ham10000" / table.path[i] for i in some], network, change).answer(head)
-        window = lambda: rng.choice(len(some), WINDOW, replace=False)
-        detect(name, lambda changed=changed: (pool, draw(lesions, source, others, rng, 0)[0], changed, window()))
+        detect(name, lambda changed=changed: (pool, first_of(others), changed, rng.permutation(len(some))[:WINDOW]))
     modern, rosendahl = (rest[source[rest] == s] for s in ("vidir_modern", "rosendahl"))
     some_of = lambda rows, n: (pool, rng.choice(rows, n, replace=False))
     detect("another source", lambda: (*some_of(modern, REFERENCE), *some_of(rosendahl, WINDOW)))
@@ -199,9 +199,7 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
     }
     for name, files in foreign.items():
         far = Pool(files, network).answer(head)
-        n = min(WINDOW, len(files))
-        first = lambda: draw(lesions, source, rest, rng, 0)[0]
-        detect(name, lambda far=far, n=n, count=len(files): (pool, first(), far, rng.permutation(count)[:n]))
+        detect(name, lambda far=far, files=files: (pool, first_of(rest), far, rng.permutation(len(files))[:WINDOW]))
     figures["with drift"]["BCN20000"]["images a window"] = len(bcn)
     melanoma = table.diagnosis.to_numpy() == "MEL"
 
