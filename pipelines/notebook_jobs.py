@@ -19,7 +19,7 @@ from .training import wiring
 
 SECTIONS = ("data", "gate", "serving", "retrain", "aws")
 MONITOR = tuple(f"monitoring.{n}" for n in ("window_hours", "false_alarm_rate", "effect_floor", "need", "of"))
-NOT_ITS = ("aws.budget", "aws.retrain_role_arn", "aws.schedule_role_arn")
+NOT_ITS = ("aws.retrain_role_arn", "aws.schedule_role_arn")
 
 
 class UploadedNotebook(NotebookJobStep):

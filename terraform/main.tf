@@ -138,6 +138,7 @@ module "automation" {
   data_key_alias      = module.keys.data_alias
   endpoint_name       = var.endpoint_name
   automatic_approval  = var.automatic_approval
+  monthly_budget_usd  = var.monthly_budget_usd
   metrics_namespace   = var.metrics_namespace
   pipelines           = module.sagemaker.pipelines
   model_package_group = var.model_package_group

@@ -122,6 +122,7 @@ resource "aws_lambda_function" "this" {
       SKIN_LESION_SERVING_ENDPOINT        = var.endpoint_name
       SKIN_LESION_RETRAIN_LABELS          = "s3://${var.buckets.processed}/labels/${var.endpoint_name}"
       SKIN_LESION_RETRAIN_AUTOMATIC       = tostring(var.automatic_approval)
+      SKIN_LESION_AWS_BUDGET              = tostring(var.monthly_budget_usd)
     }, each.key == "retrain_ask" ? { STATE_MACHINE_ARN = local.machine } : {}, each.key == "publish_metrics" ? { METRICS_NAMESPACE = var.metrics_namespace } : {})
   }
 

@@ -209,3 +209,12 @@ variable "metrics_namespace" {
     error_message = "metrics_namespace must not be empty, and not one of AWS's own."
   }
 }
+
+variable "monthly_budget_usd" {
+  description = "US dollars a month; a retraining whose runs would cost more is refused by the guard."
+  type        = number
+  validation {
+    condition     = var.monthly_budget_usd > 0
+    error_message = "monthly_budget_usd must be above 0."
+  }
+}
