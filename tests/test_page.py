@@ -14,24 +14,11 @@ import pytest
 from conftest import ROOT, Served, colours_package
 from PIL import Image
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
 
 def picture(folder, name, colour, noise=60):
     blocks = np.random.default_rng(1).normal(colour, noise, (30, 40, 3)).clip(0, 255).astype(np.uint8)
     Image.fromarray(np.kron(blocks, np.ones((4, 4, 1), np.uint8))).save(folder / name)
     return folder / name
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +15,6 @@ from fastcore.docments import docments
 
 from skin_lesion._modidx import d as INDEX
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PUBLIC = {
     (module, name.removeprefix(f"{module}.")): address
     for module, names in INDEX["syms"].items()
@@ -120,17 +118,6 @@ def test_no_link_is_dead_no_id_stands_twice_and_nothing_is_loaded_from_elsewhere
 def test_every_note_of_the_search_leads_somewhere(pages, notes):
     wrong = [where for _, _, where, _, _ in notes for path, _, anchor in [where.partition("#")] if anchor and anchor not in pages[path].ids]  # fmt: skip
     assert wrong == []
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def opened(browser, address, **options):
