@@ -101,14 +101,16 @@ def test_what_was_promoted_serves_where_an_endpoint_runs(tmp_path):
         teardown_locally(endpoint)
 
 
-def test_watch_ends_on_sigterm(project):
-    (project.work / "captured").mkdir()
-    words = project.command("watch", "--capture", "captured", "--minutes", "10")
-    watching = subprocess.Popen(words, cwd=project.work, env=project.env, stdout=subprocess.PIPE, text=True)
+def test_watch_hands_addresses_on_and_ends_on_sigterm(project):
+    words = project.command("watch", "--capture", "s3://No Bucket/capture", "--minutes", "10")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    watching = subprocess.Popen(words, cwd=project.work, env=project.env, **pipes)
     first = watching.stdout.readline()
-    assert "round 1: the monitor ended with exit code" in first, first
+    assert "round 1: the monitor ended with exit code 1" in first, first
     watching.send_signal(signal.SIGTERM)
-    assert watching.wait(30) == 0 and "stopped after 1 rounds" in watching.stdout.read()
+    said, why = watching.communicate(timeout=30)
+    assert watching.returncode == 0 and "stopped after 1 rounds" in said
+    assert "'s3://No Bucket/capture' is no address" in why, why  # said by the round's monitor, which would fetch it
 
 
 def watched(project, until, *words, seconds=280):

@@ -1,19 +1,27 @@
 """Folders to S3 and back, against moto: what is sent, how it is encrypted, what is not sent again."""
 
+import csv
 import hashlib
+import json
 import os
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from click.testing import CliRunner
+from conftest import colours_package
 from moto import mock_aws
 
 from skin_lesion.cli import main
 from skin_lesion.cloud import upload as module
 from skin_lesion.cloud.sagemaker import clients
 from skin_lesion.cloud.upload import fetch, upload
+from skin_lesion.commands.monitoring import _has_come, _variables
 from skin_lesion.execution.local import data_folder
+from skin_lesion.serving.package import pack
+from skin_lesion.settings import load_settings
 
 BUCKET, PREFIX, KEY = "lesions", "raw/ham10000", "alias/skin-lesion"
 ADDRESS = f"s3://{BUCKET}/{PREFIX}"
@@ -227,3 +235,53 @@ def test_the_command_line_uploads_and_takes_addresses_for_folders(aws, folder, t
         refused = run(*words)
         assert refused.exit_code == 1 and expected in refused.output, (words, refused.output, refused.exception)
         assert isinstance(refused.exception, SystemExit), words
+
+
+@pytest.fixture
+def command(aws, tmp_path, monkeypatch):
+    """Runs `skin-lesion` with the words, beside a bucket that holds two pictures, a model, captures and labels."""
+    monkeypatch.chdir(tmp_path)
+    picture = np.random.default_rng(1).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    for name, pixels in {"pictures/a.png": picture, "pictures/more/b.png": picture[::-1]}.items():
+        aws.s3.put_object(Bucket=BUCKET, Key=name, Body=cv2.imencode(".png", pixels)[1].tobytes())
+    package = pack(colours_package(tmp_path / "package"), tmp_path / "model.tar.gz")
+    aws.s3.put_object(Bucket=BUCKET, Key="model.tar.gz", Body=package.read_bytes())
+    for name in ("capture/here/2026/03/01/09/a.jsonl", "labels/a.jsonl", "event.json"):
+        aws.s3.put_object(Bucket=BUCKET, Key=name, Body=b"{}")
+    return lambda *words: CliRunner().invoke(main, [str(w) for w in words])
+
+
+def test_pictures_and_models_at_addresses(command):
+    copies = command("data", "duplicates", f"s3://{BUCKET}/pictures")
+    assert copies.exit_code == 0, copies.output
+    assert [row["file"] for row in csv.DictReader(open("groups.csv"))] == ["a.png", "more/b.png"]
+    features = command("data", "features", f"s3://{BUCKET}/model.tar.gz", f"s3://{BUCKET}/pictures", "--json")
+    assert features.exit_code == 0 and json.loads(features.stdout)["pictures"] == 2, features.output
+    sent = command("simulate", "http://127.0.0.1:9", f"s3://{BUCKET}/pictures", "--rate", "100", "--seconds", ".02")
+    assert "ConnectionRefusedError: 2" in sent.output, sent.output  # two pictures, and nobody at port 9
+
+
+def test_captures_and_labels_at_addresses(command):
+    at = lambda name: f"s3://{BUCKET}/{name}"
+    refusals = {
+        ("monitor", "--capture", at("capture"), "--model", at("none")): f"nothing at {at('none')}",
+        ("monitor", "--capture", at("capture"), "--labels", at("none")): f"nothing at {at('none')}",
+        ("retrain", "--event", at("event.json"), "--reason", "both"): "Give either",
+        ("retrain", "--reason", "new", "--capture", at("none")): f"nothing at {at('none')}",
+        ("retrain", "--reason", "new", "--labels", at("none"), "--data-dir", "."): f"nothing at {at('none')}",
+        ("serve", at("none")): f"nothing at {at('none')}",
+        ("watch", "--capture", "none"): "'none' does not exist",
+    }
+    for words, expected in refusals.items():
+        refused = command(*words)
+        assert refused.exit_code != 0 and expected in refused.output, (words, refused.output, refused.exception)
+        assert isinstance(refused.exception, SystemExit), words
+    settings = load_settings({"retrain.labels": at("labels")}, environ={})
+    fetched = Path(_variables(settings, "local")["SKIN_LESION_RETRAIN_LABELS"])
+    assert fetched.is_absolute() and (fetched / "a.jsonl").read_bytes() == b"{}"
+    assert _variables(settings, "sagemaker")["SKIN_LESION_RETRAIN_LABELS"] == at("labels")
+
+
+def test_labels_may_come_to_an_address_later(command):
+    assert _has_come(f"s3://{BUCKET}/labels") and not _has_come(f"s3://{BUCKET}/none") and not _has_come("none")
+    assert _has_come("s3://of-nobody/labels")  # the round then says that there is no such bucket

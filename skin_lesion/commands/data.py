@@ -43,7 +43,7 @@ def _counted(counts: dict[str, int], width: int) -> list[str]:
     'skin-lesion data check isic2019,ham10000 data/raw  # several as one, each photograph once',
     'skin-lesion data check own pictures/               # pictures with a metadata.csv beside them'))
 @click.argument('name')
-@click.argument('folder', type=Place(exists=True, file_okay=False, path_type=Path))
+@click.argument('folder', type=folder_argument)
 @json_option
 def data_check(name, folder, as_json):
     "Reads the tables of the data set NAME, or of several with commas between them, in FOLDER and accounts for every row."
@@ -98,7 +98,7 @@ def data_download(name, output_dir, accept_license, as_json):
 @data.command('captured', short_help='what was captured and diagnosed, to train on', epilog=examples(
     'skin-lesion data captured --capture capture --labels labels.jsonl',
     'skin-lesion run training --dataset ham10000,captured               # then trains on them, too'))
-@click.option('--capture', required=True, type=Place(exists=True, file_okay=False, path_type=Path), help='Captured requests, with their pictures (setting serving.capture_pictures).')
+@click.option('--capture', required=True, type=folder_argument, help='Captured requests, with their pictures (setting serving.capture_pictures).')
 @click.option('--labels', required=True, type=Place(exists=True, path_type=Path), help="Diagnoses in SageMaker's ground-truth format: a .jsonl file or a folder of them.")
 @click.option('--out', type=click.Path(path_type=Path), default=Path('data/raw/captured'), show_default=True, help='What it wrote there before is replaced.')
 @json_option
@@ -147,7 +147,7 @@ def _pictures(folders: list[Path]) -> dict[Path, tuple[str, str]]:  # file -> fo
 @click.option('--out', type=click.Path(path_type=Path), default=Path('groups.csv'), show_default=True)
 @json_option
 def data_duplicates(folders, out, as_json):
-    """Groups of pictures in FOLDERS, with all that lies below them, that are one photograph or a part of it.
+    """Groups of pictures in FOLDERS or at s3:// addresses, with all that lies below them, that are one photograph or a part of it.
 
     Writes a CSV, a row a picture that has a copy: `group`, `folder`, `file`, and `similarity`, which is how well it
     agrees with the most similar of its copies (1 is the same)."""
@@ -181,7 +181,7 @@ def data_duplicates(folders, out, as_json):
 @click.option('--out', type=click.Path(path_type=Path), default=Path('features.parquet'), show_default=True)
 @json_option
 def data_features(model, folder, out, as_json):
-    """What the network of MODEL, a model.tar.gz or a version of the local registry, sees in the pictures of FOLDER.
+    """What the network of MODEL, a model.tar.gz or a version of the local registry, sees in the pictures of FOLDER, which may be an s3:// address.
 
     Writes a Parquet table, a row a picture: `image`, and `features`, the pooled outputs of the layer before the last."""
     import pyarrow as pa

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from .shared import (Place, coloured, examples, folder_argument, json_option, overrides_of, package_of, place_option,
+from .shared import (Place, coloured, examples, folder_argument, json_option, overrides_of, local_path, package_of, place_option,
                                          progress_of, runs_folder, set_option, tell)
 from ..exits import ALARM
 from ..settings import as_variables, load_settings, variable_name
@@ -49,8 +49,8 @@ def _time(ctx, param, text):
     'skin-lesion monitor --capture capture',
     'skin-lesion monitor --capture capture --labels labels.jsonl --since 2026-03-01',
     'skin-lesion monitor --capture capture || echo look  # for a schedule'))
-@click.option('--capture', required=True, type=Place(exists=True, file_okay=False, path_type=Path), help='Folder of captured requests (setting serving.capture).')
-@click.option('--model', help='The model.tar.gz that answered them, or a version of the local registry; its newest approved version when left out.')
+@click.option('--capture', required=True, type=folder_argument, help='Folder of captured requests, or its s3:// address (setting serving.capture).')
+@click.option('--model', type=Place(path_type=str), help='The model.tar.gz that answered them, or a version of the local registry; its newest approved version when left out.')
 @click.option('--labels', type=Place(exists=True, path_type=Path), help="Diagnoses in SageMaker's ground-truth format: a .jsonl file or a folder of them.")
 @click.option('--since', default='first', callback=lambda ctx, param, text: text if text == 'first' else _time(ctx, param, text), help='The first time that counts, ISO 8601; the first that was captured when left out.')
 @click.option('--until', default='now', callback=lambda ctx, param, text: text if text == 'now' else _time(ctx, param, text), help='The first time that does not count, ISO 8601; now when left out.')
@@ -70,11 +70,11 @@ def monitor(capture, model, labels, since, until, pairs, as_json):
     sys.exit(ALARM if told['detail']['alarm'] else 0)
 
 # %% ../../nbs/commands/06_monitoring.ipynb #19fa728f
-def _variables(loaded: dict) -> dict[str, str]:
-    "The settings that are no defaults as variables, for a process that starts in another folder."
+def _variables(loaded: dict, place: str) -> dict[str, str]:
+    "The settings that are no defaults as variables, for a process that starts in another folder; on this machine it reads labels here."
     found = as_variables({name: s for name, s in loaded.items() if s.source != 'settings.ini'})
     found[variable_name('local.runs')] = str(Path(loaded['local.runs'].value).resolve())
-    if (labels := loaded['retrain.labels'].value) and not labels.startswith('s3://'): found[variable_name('retrain.labels')] = str(Path(labels).resolve())
+    if (labels := loaded['retrain.labels'].value) and place == 'local': found[variable_name('retrain.labels')] = str(Path(local_path(labels)).resolve())
     return found
 
 
@@ -83,12 +83,12 @@ def _variables(loaded: dict) -> dict[str, str]:
     'skin-lesion retrain --event runs/monitoring/latest/event.json  # because of an alarm',
     "skin-lesion retrain --reason 'new labels' --capture capture --labels labels.jsonl --set data.dataset=ham10000,captured"))
 @click.option('--reason', help='Why, in words; kept on the record.')
-@click.option('--event', type=click.Path(exists=True, dir_okay=False, path_type=Path), help='The event.json of the monitor, in place of a reason.')
+@click.option('--event', type=Place(exists=True, dir_okay=False, path_type=Path), help='The event.json of the monitor, in place of a reason.')
 @place_option
 @click.option('--force', is_flag=True, help='Pass all guards but the first: that no other retraining runs.')
-@click.option('--data-dir', help='Folder of the downloaded data set.')
-@click.option('--capture', type=folder_argument, help='Captured requests with pictures, for the comparison on the newest window and the data set captured.')
-@click.option('--labels', type=click.Path(exists=True), help="Ground truth in SageMaker's format (setting retrain.labels).")
+@click.option('--data-dir', help='Folder of the downloaded data set, or its s3:// address.')
+@click.option('--capture', type=folder_argument, help='Captured requests with pictures, a folder or its s3:// address, for the comparison on the newest window and the data set captured.')
+@click.option('--labels', type=Place(later=True, exists=True), help="Ground truth in SageMaker's format: a file, a folder or an s3:// address (setting retrain.labels).")
 @set_option
 @json_option
 def retrain(reason, event, place, force, data_dir, capture, labels, pairs, as_json):
@@ -109,7 +109,7 @@ def retrain(reason, event, place, force, data_dir, capture, labels, pairs, as_js
         words += ['--data_dir', str(data_folder(loaded['data.dataset'].value, data_dir).resolve())]
     if capture: words += ['--captures', str(capture.resolve())]
     root = runs_folder(loaded).resolve()/'retraining'/f'{datetime.now():%Y%m%dT%H%M%S}'
-    os.environ.update(_variables(loaded), SKIN_LESION_ROOT=str(root))
+    os.environ.update(_variables(loaded, place), SKIN_LESION_ROOT=str(root))
     with progress_of(as_json): code = run_step('retrain', words)
     found, told, lines = root/'processing'/'output'/'retraining'/'retraining.json', {}, []
     if found.exists():
@@ -124,13 +124,21 @@ def retrain(reason, event, place, force, data_dir, capture, labels, pairs, as_js
     sys.exit(code)
 
 # %% ../../nbs/commands/06_monitoring.ipynb #b90d006f
+def _has_come(place: str) -> bool:
+    "Whether something is there by now, at a path or an s3:// address. What AWS refuses counts as there: the round says why."
+    if not place.startswith('s3://'): return Path(place).exists()
+    from skin_lesion.cloud.upload import list_objects
+    try: return bool(list_objects(place))
+    except ValueError: return True
+
+
 @click.command(short_help='monitor and retrain every so often, on this machine', epilog=examples(
     'skin-lesion watch --capture capture  # every hour',
     'skin-lesion watch --capture capture --labels labels.jsonl --minutes 1440  # every day'))
-@click.option('--capture', required=True, type=folder_argument, help='Folder of captured requests (setting serving.capture).')
-@click.option('--labels', type=click.Path(path_type=Path), help="Ground truth in SageMaker's format; it may come later.")
+@click.option('--capture', required=True, type=Place(later=True, exists=True, file_okay=False), help='Folder of captured requests, or its s3:// address (setting serving.capture).')
+@click.option('--labels', type=Place(later=True), help="Ground truth in SageMaker's format, a path or an s3:// address; it may come later.")
 @click.option('--minutes', default=60., show_default=True, help='From the start of a round to that of the next.')
-@click.option('--data-dir', help='Folder of the data set that is trained on.')
+@click.option('--data-dir', help='Folder of the data set that is trained on, or its s3:// address.')
 @set_option
 def watch(capture, labels, minutes, data_dir, pairs):
     """Monitors the endpoint on this machine every so often, and retrains when drift lasts or quality fell. SIGTERM ends it.
@@ -143,9 +151,9 @@ def watch(capture, labels, minutes, data_dir, pairs):
     command = [sys.executable, '-c', 'from skin_lesion.cli import main; main()']
     others = {name for name in pipeline_settings(loaded) if not name.startswith('monitoring.')}  # which the monitor has no use for, and refuses
     words = lambda pairs: [word for pair in pairs for word in ('--set', pair)]
-    known = lambda: ['--labels', str(labels)] if labels and labels.exists() else []
-    monitor = lambda: [*command, 'monitor', '--capture', str(capture), *known(), *words(pair for pair in pairs if pair.split('=')[0] not in others)]
-    retrain = lambda: [*command, 'retrain', '--capture', str(capture), *known(), *words(pairs), *(['--data-dir', data_dir] if data_dir else [])]
+    known = lambda: ['--labels', labels] if labels and _has_come(labels) else []
+    monitor = lambda: [*command, 'monitor', '--capture', capture, *known(), *words(pair for pair in pairs if pair.split('=')[0] not in others)]
+    retrain = lambda: [*command, 'retrain', '--capture', capture, *known(), *words(pairs), *(['--data-dir', data_dir] if data_dir else [])]
     rounds = watch_here(monitor, runs_folder(loaded)/'monitoring'/'latest'/'event.json', retrain, 60*minutes, stopped_by_signals(), click.echo)
     click.echo(f'stopped after {rounds} rounds')
 

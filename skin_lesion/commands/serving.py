@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from .shared import (examples, folder_argument, json_option, overrides_of, package_of, place_option, runs_folder,
+from .shared import (Place, examples, folder_argument, json_option, overrides_of, package_of, place_option, runs_folder,
                                          set_option, tell)
 from ..settings import load_settings
 
@@ -22,7 +22,7 @@ from ..settings import load_settings
     'skin-lesion serve runs/latest/model.tar.gz         # and open http://localhost:8080',
     'skin-lesion serve 3 --port 0 --host 127.0.0.1',
     'skin-lesion serve 3 --capture capture --workers 4  # keeps what the monitor needs'))
-@click.argument('model', required=False, type=click.Path())
+@click.argument('model', required=False, type=Place(path_type=str))
 @click.option('--port', default=8080, show_default=True, help='0 takes a free one; the first line of the output says which.')
 @click.option('--host', default='0.0.0.0', show_default=True)
 @click.option('--capture', metavar='DIR|S3', help='Keep requests and answers here (setting serving.capture).')
@@ -111,7 +111,7 @@ def _address(endpoint: str) -> str:
 @click.option('--labels', type=click.Path(path_type=Path), default=Path('labels.jsonl'), show_default=True, help='Where to; lines are added.')
 @json_option
 def simulate(endpoint, folder, rate, seconds, drift, dataset, labels, as_json):
-    "Replays the pictures of FOLDER to ENDPOINT, an http:// address or the name of an endpoint here."
+    "Replays the pictures of FOLDER, which may be an s3:// address, to ENDPOINT, an http:// address or the name of an endpoint here."
     import numpy as np
 
     from skin_lesion.monitoring.simulate import replay, write_truth

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['set_option', 'json_option', 'place_option', 'folder_argument', 'COLOURS', 'examples', 'completed', 'pipeline_names',
-           'run_names', 'runs_folder', 'overrides_of', 'Place', 'package_of', 'tell', 'progress_of', 'tell_pictures',
-           'coloured', 'goes_on']
+           'run_names', 'runs_folder', 'overrides_of', 'local_path', 'Place', 'package_of', 'tell', 'progress_of',
+           'tell_pictures', 'coloured', 'goes_on']
 
 # %% ../../nbs/commands/01_shared.ipynb #22b6f51e
 import json
@@ -65,16 +65,30 @@ set_option = click.option('--set', 'pairs', multiple=True, metavar='KEY=VALUE', 
                           shell_complete=completed(lambda: [f'{name}=' for name in default_settings()]))
 json_option = click.option('--json', 'as_json', is_flag=True, help='The result as JSON on standard output; all else goes to standard error.')
 place_option = click.option('--on', 'place', type=click.Choice(['local', 'sagemaker']), default='local', show_default=True)
-folder_argument = click.Path(exists=True, file_okay=False, path_type=Path)
 
 # %% ../../nbs/commands/01_shared.ipynb #00a64905
+def local_path(
+    place: str,  # a path, or an s3:// address
+) -> str:        # of the file or folder on this machine
+    "What lies at an address is fetched to data/cache; a path stays as it is."
+    if not place.startswith('s3://'): return place
+    from skin_lesion.cloud.upload import fetch
+    with redirect_stdout(sys.stderr): return str(fetch(place))   # standard output may be for JSON
+
+
 class Place(click.Path):
-    "A path, or an s3:// address, which is fetched to data/cache first."
+    "A path, or an s3:// address, which is fetched to data/cache first; `later` keeps the address for who fetches it then."
+    def __init__(self, later: bool = False, **rules):
+        super().__init__(**rules)
+        self.later = later
+
     def convert(self, value, param, ctx):
-        if str(value).startswith('s3://') and not (ctx and ctx.resilient_parsing):  # a shell that completes fetches nothing
-            from skin_lesion.cloud.upload import fetch
-            value = str(fetch(value))
+        if str(value).startswith('s3://') and self.later: return value
+        if not (ctx and ctx.resilient_parsing): value = local_path(str(value))  # a shell that completes fetches nothing
         return super().convert(value, param, ctx)
+
+
+folder_argument = Place(exists=True, file_okay=False, path_type=Path)
 
 
 def package_of(
