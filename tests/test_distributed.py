@@ -98,16 +98,16 @@ def test_two_hosts_train_what_one_process_trains(data, alone, tmp_path):
 
 
 class Job:
-    """A training job on two hosts, each with a root of its own."""
+    """A training job, each of its hosts with a root of its own."""
 
-    def __init__(self, folder, data, **hyperparameters):
-        self.roots = {host: folder / host for host in HOSTS}
+    def __init__(self, folder, data, hosts=HOSTS, **hyperparameters):
+        self.roots = {host: folder / host for host in hosts}
         given = vars(RECIPE) | {"architecture": ARCHITECTURE, "pretrained": "false"} | hyperparameters
         for host, root in self.roots.items():
             config = root / "input" / "config"
             config.mkdir(parents=True)
             (root / "input" / "data").symlink_to(data)
-            resources = {"current_host": host, "hosts": HOSTS, "network_interface_name": "lo"}
+            resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo"}
             (config / "resourceconfig.json").write_text(json.dumps(resources))
             (config / "hyperparameters.json").write_text(json.dumps({k: str(v) for k, v in given.items()}))
 
@@ -128,6 +128,34 @@ class Job:
     def checkpoint(self, host):
         kept = self.roots[host] if host == HOSTS[0] else self.roots[host] / "scratch"
         return kept / "checkpoints" / "last.pt"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sigterm_in_an_epoch_and_in_the_export_ends_the_step_at_once_and_nothing_is_lost(data, tmp_path):
+    """SageMaker kills a spot job 120 s after SIGTERM; the step ends in far less, and starts again at the epoch it was in."""
+    job, epochs = Job(tmp_path, data, HOSTS[:1]), []
+    root = job.roots[HOSTS[0]]
+    for said, written in (("epoch=0 ", "checkpoints"), ("folder = kept", "model/model.safetensors")):
+        process = job.start()[HOSTS[0]]
+        output = ""
+        while said not in output:
+            output += process.stdout.readline()
+            assert process.poll() is None, output
+        while not (root / written).exists():  # in the export the weights are written, and the graph is being made
+            assert process.poll() is None
+        told = time.monotonic()
+        process.terminate()
+        output += process.communicate(timeout=110)[0]
+        print(f"told to stop at {said!r}: ended after {time.monotonic() - told:.1f} s")
+        assert time.monotonic() - told < 60 and process.returncode == 128 + signal.SIGTERM, output
+        assert not (root / "model/model.json").exists()
+        epochs.append(torch.load(job.checkpoint(HOSTS[0]), weights_only=True)["epoch"])
+    assert 0 < epochs[0] < epochs[1] == EPOCHS and f"resumed at epoch {epochs[0]}, batch" in output
+    process = job.start()[HOSTS[0]]
+    output = process.communicate(timeout=500)[0]
+    assert process.returncode == 0 and f"resumed at epoch {EPOCHS}" in output, output
+    assert "train_loss=" not in output and (root / "model/model.json").exists()
 
 
 @pytest.mark.slow

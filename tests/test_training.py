@@ -86,6 +86,7 @@ class StopsAt(Classifier):
     def forward(self, images):
         self.calls += self.training
         if self.calls == self.n:
+            self.told = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
         return super().forward(images)
 
@@ -98,8 +99,11 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_resumes_to_the_bit(shards, 
     train(straight, *parts, parts[0].classes, recipe, tmp_path / "straight", cpu)
     torch.manual_seed(1)
     an_epoch = len(parts[0]) // recipe.batch_size
+    told, before = StopsAt(an_epoch + 2), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match=f"epoch 1 after batch 2 of {an_epoch}"):
-        train(StopsAt(an_epoch + 2), *parts, parts[0].classes, recipe, tmp_path / "stopped", cpu)
+        train(told, *parts, parts[0].classes, recipe, tmp_path / "stopped", cpu)
+    assert time.monotonic() - told.told < 20  # of 120 s
+    assert signal.getsignal(signal.SIGTERM) == before  # which ends what follows training, the export, at once
     resumed = Classifier("mobilenetv2_050", 7)
     train(resumed, *parts, parts[0].classes, recipe, tmp_path / "stopped", cpu)
     assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
