@@ -212,7 +212,7 @@ def _copies(prints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _build_index(prints: np.ndarray, blocks: list[np.ndarray]) -> tuple[np.ndarray, Index]:  # (N, 6, 10), of the N rows in the blocks
     "Every picture as a whole, and the index of the descriptors."
     wholes = np.empty((sum(map(len, blocks)), len(RINGS), len(ORDERS)), np.complex64)
-    index = Index(ndim=len(RINGS)*6, metric='ip', dtype='f32', connectivity=16, expansion_add=64, expansion_search=32)
+    index = Index(ndim=len(RINGS)*6, metric='ip', dtype='bf16', connectivity=16, expansion_add=64, expansion_search=32)
     for n, block in enumerate(blocks):
         part = wholes[BLOCK*n:BLOCK*n + len(block)]
         part[:] = _spectra(prints[block], COARSE[:1])[:, 0]
