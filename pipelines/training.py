@@ -200,6 +200,11 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
         cache = {"cache_config": None} if captured else {}
         return [*steps, processing("prepare", {"raw": raw} | captured, outputs, section("data"), hours=6, **cache)]
 
+    # Input mode File, the SDK's default, and every host gets all of it. A batch is a draw from the whole training set, of
+    # which each process reads its own pictures: random access to memory-mapped shards, which FastFile's streaming would
+    # answer with one request to S3 a picture, in each epoch anew. The packed pictures are few bytes (3.8 GB for 25,000 at
+    # 224 px) and are copied once. ShardedByS3Key would tie pictures to hosts: the batches, and so the result, would
+    # depend on their number.
     def channels(prepare):
         return [InputData(channel_name=c, data_source=output(prepare, c)) for c in ("train", "validation", "table")]
 
@@ -236,10 +241,6 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
             tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in tags],
         ).with_metric_definitions([MetricDefinition(name=metric, regex=f"{metric}={NUMBER}") for metric in METRICS])
 
-    # Input mode File, the default, and every host gets all of it. A batch is a draw from the whole training set, of which
-    # each process reads its own pictures: random access to memory-mapped shards, which FastFile's streaming would answer
-    # with one request to S3 a picture. The packed pictures are few bytes (3.8 GB for 25,000 at 224 px) and are copied once.
-    # ShardedByS3Key would tie pictures to hosts, and the batches, and so the result, would depend on their number.
     def train(prepare, name="train", **hyperparameters):
         training = trainer(name, section("train") | hyperparameters)
         return ContainerTrainingStep(name, training.train(channels(prepare)), role, **JOB)

@@ -90,8 +90,9 @@ def test_compiling_for_other_settings_leaves_the_process_as_it_was(monkeypatch):
     assert unsafe_jobs(changed) == ["train: no KMS key on its volume"]
 
 
-def test_with_several_hosts_prepare_reads_what_they_have_decoded(definition):
-    settings = load_settings({"aws.prepare_instances": "3"}, environ={})
+def test_several_hosts_decode_a_part_each_and_train_on_copies_of_all_shards(definition):
+    """nbs/guides/sagemaker.ipynb gives the reasons."""
+    settings = load_settings({"aws.prepare_instances": "3", "aws.training_instances": "2"}, environ={})
     spread = json.loads(compile_pipeline("training", settings))
     assert unsafe_jobs(spread) == [] and validate(spread) == []
     decode, prepare = spread["Steps"][:2]
@@ -103,6 +104,15 @@ def test_with_several_hosts_prepare_reads_what_they_have_decoded(definition):
     assert raw["S3DataDistributionType"] == "ShardedByS3Key" and raw["S3Uri"] == {"Get": "Parameters.InputData"}
     assert "Steps.decode." in prepare["Arguments"]["ProcessingInputs"][0]["S3Input"]["S3Uri"]["Get"]
     assert [s["Name"] for s in spread["Steps"][1:]] == [s["Name"] for s in definition["Steps"]]
+    arguments = {step["Name"]: step["Arguments"] for step in each_step(spread["Steps"])}
+    channels = {
+        c["ChannelName"]: (c["InputMode"], c["DataSource"]["S3DataSource"]["S3DataDistributionType"])
+        for c in arguments["train"]["InputDataConfig"]
+    }
+    assert channels == dict.fromkeys(("train", "validation", "table"), ("File", "FullyReplicated"))
+    inputs = [(name, i["S3Input"]) for name, a in arguments.items() for i in a.get("ProcessingInputs", ())]
+    assert {i["S3InputMode"] for _, i in inputs} == {"File"}
+    assert {name for name, i in inputs if i["S3DataDistributionType"] != "FullyReplicated"} == {"decode"}
 
 
 def test_captured_pictures_are_inputs_of_prepare_which_is_never_answered_from_the_cache(definition):
