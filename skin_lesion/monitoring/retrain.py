@@ -95,7 +95,7 @@ def guards(
          'there was none before' if hours is None else f'the last one ended {hours:.1f} h ago, {limits.cooldown_hours:g} h must have passed'),
         ('budget', month < limits.runs_a_month and (usd is None or usd <= limits.budget),
          f'{month} started in {at:%B %Y}, {limits.runs_a_month} are allowed' + f'; {money}'),
-        ('new labels', fresh >= limits.new_labels, f'{fresh} pictures were labelled since the last one, {limits.new_labels} are needed')]
+        ('new labels', fresh >= limits.new_labels, f'{fresh} pictures were labelled since the last one, {limits.new_labels} are needed (setting retrain.new_labels)')]
     return [{'guard': name, 'passed': bool(passed or force and name != 'one at a time'), 'says': says + (', but a person insists' if force and not passed and name != 'one at a time' else '')}
             for name, passed, says in found]
 
