@@ -228,8 +228,8 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
 
 
 def test_what_the_floor_and_evidentlys_features_do(shared_data, network, real):
-    """The same windows by our rule, by our rule without the floor of effect size, by the features alone, and by Evidently with
-    and without them. A darkening by 3% is a trifle: what the floor is for."""
+    """The same windows by our rule, by our rule without the floor of effect size, by the features alone, and by Evidently's
+    preset and its method for features. A darkening by 3% is about as large as the floor."""
     table, pool, head, rest = real
     lesions, source, rng, figures = table.lesion_id.to_numpy(), table.source.to_numpy(), np.random.default_rng(2), {}
     melanoma = table.diagnosis.to_numpy() == "MEL"
