@@ -30,6 +30,7 @@ from skin_lesion.training.models import Classifier, load_pretrained
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 SIZE, REFERENCE, WINDOW = 128, 1500, 200
 ALONE, FOUND = 1000, 100  # windows without drift, of each size; windows with drift, of each kind
+APART = 200  # windows without drift, of each size, in which our rule is judged part by part
 EVIDENTLY = ROOT / ".venv-evidently/bin/python"  # its release wants an older pandas than ours
 COMPARE = """
 import json, sys
@@ -41,6 +42,14 @@ def drifted(reference, window):
     value = next(m for m in run.dict()["metrics"] if "DriftedColumnsCount" in m["metric_name"])["value"]
     return value["share"] >= 0.5
 print(json.dumps([bool(drifted(*pair)) for pair in json.load(sys.stdin)]))
+"""
+# the method of Evidently's EmbeddingsDrift for references of 1,000 rows and more, without the t-SNE figure that the metric draws
+COMPARE_FEATURES = """
+import json, sys
+import pandas as pd
+from evidently.metrics.embeddings import ModelDriftMethod
+frame = lambda rows: pd.DataFrame(rows, columns=[f"feature {n}" for n in range(len(rows[0]))])
+print(json.dumps([bool(ModelDriftMethod()(frame(window), frame(reference))[1]) for reference, window in json.load(sys.stdin)]))
 """
 CHANGES = {
     "blur, sigma 2": lambda x: cv2.GaussianBlur(x, (0, 0), 2),
@@ -83,8 +92,8 @@ def share(hits):
     found = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
     return {
         "share": round(float(np.mean(hits)), 3),
-        "low": round(found.low, 3),
-        "high": round(found.high, 3),
+        "low": round(float(found.low), 3),
+        "high": round(float(found.high), 3),
         "windows": len(hits),
     }
 
@@ -141,19 +150,21 @@ def naive(pool, first, rows):
     )
 
 
-def evidently(pairs):
-    """Evidently's own verdict, dataset drift by its defaults, on the same numbers and labels."""
+def ask_evidently(code, pairs):
     if not EVIDENTLY.exists():
         return {"not run": "make bench-monitoring installs Evidently in .venv-evidently"}
+    env = os.environ | {"DO_NOT_TRACK": "1"}
+    done = subprocess.run([EVIDENTLY, "-c", code], input=json.dumps(pairs), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return share(json.loads(done.stdout))
+
+
+def evidently(pairs):
+    """Evidently's own verdict, dataset drift by its defaults, on the same numbers and labels."""
     columns = lambda pool, rows: (
         pool.numbers.join(pool.labels).iloc[rows].astype(object).where(lambda t: t.notna(), None).to_dict("list")
     )
-    text = json.dumps([[columns(a, i), columns(b, j)] for a, i, b, j in pairs])
-    done = subprocess.run(
-        [EVIDENTLY, "-c", COMPARE], input=text, capture_output=True, text=True, env=os.environ | {"DO_NOT_TRACK": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return share(json.loads(done.stdout))
+    return ask_evidently(COMPARE, [[columns(a, i), columns(b, j)] for a, i, b, j in pairs])
 
 
 def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, network, real):
@@ -214,6 +225,56 @@ def test_false_alarms_stay_below_the_rate_and_drift_is_found(shared_data, networ
         assert found["ours"]["low"] <= 0.05, f"{size}: more false alarms than the rate"
     for name in MUST_BE_FOUND:
         assert figures["with drift"][name]["ours"]["share"] >= 0.9, name
+
+
+def test_what_the_floor_and_evidentlys_features_do(shared_data, network, real):
+    """The same windows by our rule, by our rule without the floor of effect size, by the features alone, and by Evidently's
+    preset and its method for features. A darkening by 3% is about as large as the floor."""
+    table, pool, head, rest = real
+    lesions, source, rng, figures = table.lesion_id.to_numpy(), table.source.to_numpy(), np.random.default_rng(2), {}
+    melanoma = table.diagnosis.to_numpy() == "MEL"
+
+    def judge(name, pair, count):
+        floored, bare, alone, pairs, projected = [], [], [], [], []
+        for n in range(count):
+            first, other, rows = pair()
+            reference = refer(pool, lesions, first)
+            found = compare(other.window(reference, rows))
+            floored.append(found.alarm.any())
+            bare.append((found.adjusted < 0.05).any())  # what `compare` says with floor=0
+            alone.append(found.alarm["features"])
+            pairs.append((pool, first, other, rows))
+            projected.append(
+                [reference.project(p.features[i]).round(4).tolist() for p, i in ((pool, first), (other, rows))]
+            )
+            assert n or compare(other.window(reference, rows), floor=0).alarm.any() == bare[0]
+        figures[name] = {
+            "ours": share(floored),
+            "ours without the floor": share(bare),
+            "ours, features alone": share(alone),
+        }
+        figures[name]["Evidently"] = evidently(pairs)
+        figures[name]["Evidently, features"] = ask_evidently(COMPARE_FEATURES, projected)
+        print(name, figures[name], flush=True)
+
+    def same(size):
+        first, rows = draw(lesions, source, rest, rng, size)
+        return first, pool, rows
+
+    def doubled(size):
+        first, rows = draw(lesions, source, rest, rng, len(rest))
+        weight = 1.0 + melanoma[rows]
+        return first, pool, rng.choice(rows, size, replace=False, p=weight / weight.sum())
+
+    for size in (500, 2500):
+        judge(f"no drift, {size:,} images", lambda size=size: same(size), APART)
+    judge("twice as many melanomas, 2,500 images", lambda: doubled(2500), FOUND)
+    some = rng.choice(rest, 2500, replace=False)
+    others = rest[~np.isin(lesions[rest], lesions[some])]
+    files = [shared_data / "ham10000" / table.path[i] for i in some]
+    darker = Pool(files, network, lambda x: (x * 0.97).astype(np.uint8)).answer(head)
+    judge("3% darker, 2,500 images", lambda: (draw(lesions, source, others, rng, 0)[0], darker, np.arange(2500)), FOUND)
+    keep("drift_floor", figures)
 
 
 COST = """

@@ -95,7 +95,7 @@ def retrain(reason, event, place, force, data_dir, capture, labels, pairs, as_js
     """Trains again, if the guards allow it, and lets the challenger take over if it is not worse than the champion.
 
     With --set data.dataset=ham10000,captured it learns from what was captured and labelled, too; a quarter of that is held for the comparison.
-    An endpoint on this machine then serves what took over. The guards are settings of section retrain. What was asked, answered and decided is in runs/retraining.jsonl."""
+    An endpoint on this machine then serves what took over. The guards are settings of section retrain. On this machine a run counts as US$ 0 in the budget, so only their number a month limits. What was asked, answered and decided is in runs/retraining.jsonl."""
     import getpass
     from datetime import datetime
 

@@ -126,4 +126,4 @@ def simulate(endpoint, folder, rate, seconds, drift, dataset, labels, as_json):
         told['labels'] = write_truth(labels, found.answered, dict(zip(table.image_id, table.diagnosis)))
         lines.append(f'{told["labels"]} labels in {labels}')
     tell(as_json, told, '\n'.join(lines))
-    if not found.answered: raise click.ClickException('No request was answered.')
+    if not found.answered: raise click.ClickException(f'No request to {endpoint} was answered. Is the endpoint there? skin-lesion serve MODEL starts one.')

@@ -87,15 +87,15 @@ def guards(
     busy, month = running(history, limits, at), sum(_at(line).strftime('%Y%m') == at.strftime('%Y%m') for line in started)
     hours = (at - _at(ended[-1])).total_seconds()/3600 if ended else None
     usd = None if limits.run_cost is None else (month + 1)*limits.run_cost
-    money = 'what a run costs is not known' if usd is None else f'with this one US$ {usd:,.2f} this month, {limits.budget:,.0f} are allowed (setting aws.budget)'
+    money = 'what a run costs is not known' if usd is None else 'a run on this machine counts as US$ 0' if not usd else f'with this one US$ {usd:,.2f} this month, {limits.budget:,.0f} are allowed (setting aws.budget)'
     fresh = labels - (started[-1]['labels'] if started else 0)
     found = [
         ('one at a time', busy is None, f'{busy["id"]} runs since {busy["time"]}' if busy else 'no other runs'),
         ('cool-down', hours is None or hours >= limits.cooldown_hours,
          'there was none before' if hours is None else f'the last one ended {hours:.1f} h ago, {limits.cooldown_hours:g} h must have passed'),
         ('budget', month < limits.runs_a_month and (usd is None or usd <= limits.budget),
-         f'{month} started in {at:%B %Y}, {limits.runs_a_month} are allowed' + (f'; {money}' if limits.run_cost != 0 else '')),
-        ('new labels', fresh >= limits.new_labels, f'{fresh} pictures were labelled since the last one, {limits.new_labels} are needed')]
+         f'{month} started in {at:%B %Y}, {limits.runs_a_month} are allowed' + f'; {money}'),
+        ('new labels', fresh >= limits.new_labels, f'{fresh} pictures were labelled since the last one, {limits.new_labels} are needed (setting retrain.new_labels)')]
     return [{'guard': name, 'passed': bool(passed or force and name != 'one at a time'), 'says': says + (', but a person insists' if force and not passed and name != 'one at a time' else '')}
             for name, passed, says in found]
 

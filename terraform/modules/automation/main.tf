@@ -77,6 +77,7 @@ resource "aws_iam_role_policy" "lambda" {
     Version = "2012-10-17"
     Statement = concat(
       jsondecode(templatefile("${var.lambdas_folder}/${each.key}/policy.json", {
+        partition           = var.partition
         region              = var.region
         account             = var.account_id
         bucket              = var.buckets.processed

@@ -4,7 +4,7 @@ output "state_machine_arn" {
 }
 
 output "schedule_role_arn" {
-  description = "Role that EventBridge Scheduler takes; it may start retraining, monitoring and the notebook job."
+  description = "Role that EventBridge Scheduler takes; it may start retraining, monitoring and the two notebook jobs."
   value       = aws_iam_role.starter["schedule"].arn
 }
 

@@ -184,14 +184,14 @@ locals {
       },
     ])
 
-    # the jobs of the pipelines monitoring and window: isolated, so an object that they write is the event
+    # the jobs of the pipelines monitoring and window, and the notebook job monitor (60_monitor): isolated, so an object that they write is the event
     monitor = concat(local.container, [
       { Sid = "ListCaptures", Effect = "Allow", Action = ["s3:ListBucket", "s3:GetBucketLocation"], Resource = [local.bucket.capture, local.bucket.processed, local.bucket.models] },
       { Sid = "ReadCaptures", Effect = "Allow", Action = ["s3:GetObject"], Resource = ["${local.bucket.capture}/*", "${local.bucket.processed}/runs/*", "${local.bucket.processed}/champion/*", "${local.bucket.processed}/challenger/*", "${local.bucket.processed}/labels/*", "${local.bucket.processed}/monitoring/*", "${local.bucket.models}/*"] },
       { Sid = "WriteReports", Effect = "Allow", Action = ["s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/runs/*", "${local.bucket.processed}/monitoring/*", "${local.bucket.reports}/*"] },
     ])
 
-    # the notebook job of the pipeline notebook_jobs, 70_retrain: asks the guards, runs two pipelines, decides
+    # the notebook job retrain (70_retrain), the other one of the pipeline notebook_jobs: asks the guards, runs two pipelines, decides
     retrain = concat(local.container, local.read_models, [
       { Sid = "TheNotebook", Effect = "Allow", Action = ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"], Resource = ["${local.bucket.processed}/notebook-jobs/*"] },
       { Sid = "Record", Effect = "Allow", Action = ["s3:GetObject", "s3:PutObject"], Resource = ["${local.bucket.processed}/retraining/record.jsonl"] },
