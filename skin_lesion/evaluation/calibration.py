@@ -11,7 +11,7 @@ from .metrics import calibration_error, confidence_bins, count_lesions, proper_s
 
 # %% auto #0
 __all__ = ['FEWEST_LESIONS', 'probabilities', 'at_prevalence', 'fit_temperature', 'fit_vector', 'calibrated', 'fit_calibration',
-           'reliability', 'compare_calibration']
+           'reliability', 'error_if_calibrated', 'compare_calibration']
 
 # %% ../../nbs/evaluation/02_calibration.ipynb #e3900404
 def probabilities(
@@ -138,6 +138,20 @@ def reliability(
     return [{'low': b / bins, 'high': (b + 1) / bins, 'images': int((bin_of == b).sum()),
              'confidence': float(top[bin_of == b].mean()), 'accuracy': float(right[bin_of == b].mean())}
             for b in np.unique(bin_of).tolist()]
+
+# %% ../../nbs/evaluation/02_calibration.ipynb #c432ca59
+def error_if_calibrated(
+    p: np.ndarray,  # (N, C), at the frequencies of the data
+    confidence: float = .95,
+    draws: int = 200,
+    bins: int = 15,
+) -> dict:  # {"value", "low", "high"}, the mean and the range
+    "The calibration error of these probabilities if they were exactly right."
+    rng, top, member = np.random.default_rng(1), p.max(1), np.eye(bins)[confidence_bins(p, bins)]
+    right = rng.random((draws, len(p))) < top
+    found = np.abs((right - top) @ member).sum(1)/len(p)
+    low, high = np.quantile(found, [(1 - confidence)/2, (1 + confidence)/2])
+    return {'value': float(found.mean()), 'low': float(low), 'high': float(high)}
 
 # %% ../../nbs/evaluation/02_calibration.ipynb #db6162a5
 def compare_calibration(
