@@ -29,6 +29,8 @@ TINY = {
     "train.batch_size": "16",
     "train.warmup_epochs": "0",
     "train.ema_decay": "0.5",
+    "train.mix": "cutmix",
+    "train.views": "2",
     "evaluate.bootstrap": "50",
     "evaluate.min_lesions": "2",
     "gate.balanced_accuracy_low": "0",

@@ -32,7 +32,7 @@ torch.manual_seed(1)
 torch.set_num_threads(1)
 shards = [Shards(folder / part) for part in ('train', 'validation')]
 model = Classifier('mobilenetv2_050', 7)
-train(model, *shards, shards[0].classes, Recipe(epochs=3, batch_size=16, warmup_epochs=0, ema_decay=0.9), checkpoints, torch.device('cpu'))
+train(model, *shards, shards[0].classes, Recipe(epochs=3, batch_size=16, warmup_epochs=0, ema_decay=0.9, mix='cutmix', layer_decay=0.9), checkpoints, torch.device('cpu'))
 torch.save(model.state_dict(), checkpoints / 'end.pt')
 """
 
