@@ -56,6 +56,8 @@ def keep(name, figures):
         (line.split(": ")[1] for line in open("/proc/cpuinfo") if "model name" in line), platform.processor()
     ).strip()
     machine = {"processor": cpu, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
     text = json.dumps({"figures": figures, "commit": git_commit(), "machine": machine}, indent=1)
     (ROOT / "bench" / f"{name}.json").write_text(text + "\n")
     print(f"\n{name}: {json.dumps(figures, indent=1)}")

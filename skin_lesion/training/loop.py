@@ -7,6 +7,7 @@ __all__ = ['Recipe', 'Stopped', 'watch_sigterm', 'save_checkpoint', 'load_checkp
            'train']
 
 # %% ../../nbs/training/03_loop.ipynb #ea04b2fe
+import hashlib
 import os
 import signal
 import threading
@@ -165,6 +166,7 @@ def train(
     recipe: Recipe,
     checkpoints: Path,       # folder; a run that was stopped goes on from there
     device: torch.device | None = None,
+    targets: np.ndarray | None = None,  # (N, C), float32, rows sum to 1: what the network is to say of each training picture; None: its label
 ) -> pd.DataFrame:           # a row an epoch
     "Trains `model` in place. Raises `Stopped` after SIGTERM, with a checkpoint saved; `ValueError` for a foreign checkpoint."
     device = device or choose_device()
@@ -172,7 +174,9 @@ def train(
     rank, world = processes()
     labels, validation_labels = (np.array([classes.index(d) for d in s.rows.diagnosis]) for s in (training, validation))
     shares = class_shares(labels, classes)
-    share_tensor, targets = torch.tensor(shares, dtype=torch.float32), np.eye(len(classes), dtype=np.float32)[labels]
+    share_tensor = torch.tensor(shares, dtype=torch.float32)
+    taught = None if targets is None else hashlib.sha256(targets.tobytes()).hexdigest()
+    if targets is None: targets = np.eye(len(classes), dtype=np.float32)[labels]
     if not 0 < recipe.layer_decay <= 1:
         raise ValueError(f'train.layer_decay = {recipe.layer_decay:g} must be above 0 and at most 1, which turns it off.')
     if min(recipe.batch_size, len(labels)) % world:
@@ -186,7 +190,7 @@ def train(
     schedule = CosineLRScheduler(optimizer, t_initial=recipe.epochs * epoch_updates, warmup_t=recipe.warmup_epochs * epoch_updates,
                                  warmup_lr_init=recipe.learning_rate / 100, warmup_prefix=False, t_in_epochs=False)
     average = ModelEmaV3(model, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-    belongs_to = {'recipe': asdict(recipe), 'data': [training.content_hash, validation.content_hash], 'classes': classes}
+    belongs_to = {'recipe': asdict(recipe), 'data': [training.content_hash, validation.content_hash], 'classes': classes, 'targets': taught}
     history, best, epoch, done, loss_sum = [], None, 0, 0, 0.0
     if state := from_first(load_checkpoint(checkpoints, belongs_to) if rank == 0 else None, device):
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
