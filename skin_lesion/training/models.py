@@ -140,7 +140,7 @@ class _Served(nn.Module):
 
     def _average(self, x: Tensor) -> Tensor:
         "Over the views of each picture; what has rows and columns is turned back."
-        parts = list(x.chunk(len(self.views)))
+        parts = list(x.reshape(len(self.views), -1, *x.shape[1:]))   # not `chunk`, which would fix how many pictures there are
         if x.ndim == 4:
             for k, (transposed, mirrored) in enumerate(self.views):
                 back = parts[k].flip([axis + 1 for axis in mirrored])   # (N, C, h, w)
