@@ -58,7 +58,8 @@ def keep(name, figures):
     machine = {"processor": cpu, "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    text = json.dumps({"figures": figures, "commit": git_commit(), "machine": machine}, indent=1)
+    made = {"commit": git_commit(), "machine": machine, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    text = json.dumps({"figures": figures} | made, indent=1)
     (ROOT / "bench" / f"{name}.json").write_text(text + "\n")
     print(f"\n{name}: {json.dumps(figures, indent=1)}")
 

@@ -25,6 +25,7 @@ from skin_lesion.evaluation.conformal import coverage_band, fit_sets, measure_se
 from skin_lesion.evaluation.ensemble import fit_temperatures, pool
 from skin_lesion.evaluation.metrics import calibration_error, count_lesions, paired_difference, score
 from skin_lesion.serving.predictor import Graph
+from skin_lesion.settings import load_settings
 from skin_lesion.training.folds import members_logits
 from skin_lesion.training.imbalance import class_shares
 
@@ -164,10 +165,8 @@ def headline(prepared, root, parameters, folds, bootstrap, beside=True):
 
 def settings_of(profile):
     """The settings of a profile, by section."""
-    from skin_lesion.settings import load_settings
-
     sections = {}
-    for name, setting in load_settings().items():
+    for name, setting in load_settings(profile=profile).items():
         section, key = name.split(".")
         sections.setdefault(section, {})[key] = setting.value
     return sections

@@ -56,7 +56,14 @@ assessed by any authority, and must not decide on the care of any person. Out of
 diagnoses that are not in the list above, and screening without a physician."""
 
 # %% ../../nbs/evaluation/06_model_card.ipynb #12ec0670
-def _metrics(e):
+def _cross_validated(m):
+    if not (found := m.get('cross_validated')): return ''
+    return f"""
+
+Cross-validated over {found['folds']} folds of the training lesions ({found['lesions']:,}), each asked of a network that had not seen it: balanced accuracy {show_interval(found['balanced_accuracy'])},
+melanoma sensitivity at a specificity of 0.9 {show_interval(found['melanoma_sensitivity_at_90'])}. The model of this card was taught by these networks' answers (Hinton et al. 2015)."""
+
+def _metrics(e, m):
     heads = {'melanoma_sensitivity': 'melanoma sensitivity', 'melanoma_sensitivity_at_90': 'melanoma sensitivity at a specificity of 0.9'} | WHOLE
     per_class = [{'class': c, 'images': d['images'], 'lesions': d['lesions']} | {k.replace('_', ' ').replace('auc', 'AUC').replace('f1', 'F1'): show_interval(d[k])
                  for k in ('sensitivity', 'specificity', 'auc', 'average_precision', 'f1')} for c, d in e['per_class'].items()]
@@ -67,7 +74,7 @@ resamples over lesions. "Not estimable": fewer than {e['min_lesions']} lesions.
 
 {markdown_table([{'metric': v, 'value (interval)': show_interval(e[k])} for k, v in heads.items() if k in e])}
 
-{markdown_table(per_class)}
+{markdown_table(per_class)}{_cross_validated(m)}
 
 ### Gate
 
@@ -151,5 +158,5 @@ def model_card(
     "Model card after Mitchell et al. (2019). Raises KeyError for records that lack a part."
     warning = ('> **SYNTHETIC: trained or measured on drawn images. No number below says anything about patients.**\n\n'
                if evaluation['synthetic'] or model['synthetic'] else '')
-    parts = [_details(evaluation, model), _factors(evaluation), _metrics(evaluation), _data(evaluation, model), _groups(evaluation), _costs(evaluation), _caveats(evaluation)]
+    parts = [_details(evaluation, model), _factors(evaluation), _metrics(evaluation, model), _data(evaluation, model), _groups(evaluation), _costs(evaluation), _caveats(evaluation)]
     return f"# Model card: skin_lesion, {model['architecture']} on {model['dataset']}\n\n{warning}" + '\n\n'.join(filter(None, parts)) + '\n'
