@@ -29,7 +29,7 @@ notebooks: install  ## executes every notebook; 40_register runs the three steps
 bench: install  ## the long checks, and the figures under bench/
 	pytest -m slow --timeout 5400 -s
 
-TRAINING = bench_training bench_scale bench_unknown combine distributed experiments search machine prepare_memory training
+TRAINING = bench_training bench_recipe bench_scale bench_unknown combine distributed experiments search machine prepare_memory training
 bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; data, search and training at full size; figures under bench/
 	pytest $(TRAINING:%=tests/test_%.py) tests/test_bench.py -k 'not engine and not imbalance' -m slow --timeout 5400 -s
 
