@@ -17,7 +17,7 @@ from .commands.models import approve, batch, models, predict
 from .commands.monitoring import monitor, retrain, schedule, watch
 from .commands.pipelines import compile_, report, run_, runs, search, step
 from .commands.serving import deploy, serve, simulate, teardown
-from .commands.shared import examples, json_option, overrides_of, set_option, tell
+from .commands.shared import examples, json_option, overrides_of, profile_option, set_option, tell
 from .exits import EXIT_CODES, INTERRUPTED
 from .settings import load_settings
 
@@ -67,12 +67,14 @@ def main():
 @click.command(short_help='every setting, its value, and where it came from', epilog=examples(
     'skin-lesion settings',
     'skin-lesion settings --set train.epochs=3  # what would hold with it',
+    'skin-lesion settings --profile full        # what a GPU is given to do',
     'skin-lesion settings --json                # for a script'))
 @set_option
+@profile_option
 @json_option
-def settings(pairs, as_json):
+def settings(pairs, profile, as_json):
     "Every setting, its value, and the place that value came from."
-    loaded = load_settings(overrides_of(pairs))
+    loaded = load_settings(overrides_of(pairs), profile=profile)
     width = max(map(len, loaded))
     tell(as_json, {name: s._asdict() for name, s in loaded.items()},
          '\n'.join(f'{name:{width}}  {str(s.value):32}  {s.source}' for name, s in loaded.items()))

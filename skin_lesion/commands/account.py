@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from .shared import coloured, completed, examples, json_option, overrides_of, pipeline_names, set_option, tell
+from .shared import coloured, completed, examples, json_option, overrides_of, pipeline_names, profile_option, set_option, tell
 from ..exits import FAILED
 from ..settings import load_settings
 
@@ -48,13 +48,14 @@ def doctor(before_deploy, as_json, pairs):
 @click.option('--refresh', is_flag=True, help="Ask AWS for the prices of the settings' region first, and keep them beside the runs.")
 @json_option
 @set_option
-def cost(what, refresh, as_json, pairs):
+@profile_option
+def cost(what, refresh, as_json, pairs, profile):
     """What a run of PIPELINE, a month of the endpoint, or a month of everything will cost: an estimate, from the compiled
     definition, past runs and a table of prices. `month` with credentials also names what is idle or without tags.
 
     Exit code 1 when more is expected than setting aws.budget."""
     from skin_lesion.cloud import cost as module
-    loaded = load_settings(overrides_of(pairs))
+    loaded = load_settings(overrides_of(pairs), profile=profile)
     if not (what or refresh): raise click.UsageError('Name a pipeline, endpoint or month; or --refresh.')
     if refresh: click.echo(f"AWS's prices are in {module.refresh_prices(loaded)}", err=True)
     if not what: return

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from .shared import (Place, coloured, examples, folder_argument, json_option, overrides_of, local_path, package_of, place_option,
-                                         progress_of, runs_folder, set_option, tell)
+                                         profile_option, progress_of, runs_folder, set_option, tell)
 from ..exits import ALARM
 from ..settings import as_variables, load_settings, variable_name
 
@@ -90,8 +90,9 @@ def _variables(loaded: dict, place: str) -> dict[str, str]:
 @click.option('--capture', type=folder_argument, help='Captured requests with pictures, a folder or its s3:// address, for the comparison on the newest window and the data set captured.')
 @click.option('--labels', type=Place(later=True, exists=True), help="Ground truth in SageMaker's format: a file, a folder or an s3:// address (setting retrain.labels).")
 @set_option
+@profile_option
 @json_option
-def retrain(reason, event, place, force, data_dir, capture, labels, pairs, as_json):
+def retrain(reason, event, place, force, data_dir, capture, labels, pairs, profile, as_json):
     """Trains again, if the guards allow it, and lets the challenger take over if it is not worse than the champion.
 
     With --set data.dataset=ham10000,captured it learns from what was captured and labelled, too; a quarter of that is held for the comparison.
@@ -101,7 +102,7 @@ def retrain(reason, event, place, force, data_dir, capture, labels, pairs, as_js
 
     from skin_lesion.execution.step import run_step
     if (reason is None) == (event is None): raise click.UsageError('Give either --reason TEXT or --event FILE.')
-    loaded = load_settings(overrides_of(pairs) | ({'retrain.labels': labels} if labels else {}))
+    loaded = load_settings(overrides_of(pairs) | ({'retrain.labels': labels} if labels else {}), profile=profile)
     asked = event.read_text() if event else json.dumps({'kind': 'person', 'text': reason, 'by': getpass.getuser()})
     words = ['--event', asked, '--place', place, '--force', str(force).lower()]
     if place == 'local':

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from .shared import (coloured, completed, examples, goes_on, json_option, overrides_of, pipeline_names, progress_of,
-                                         run_names, runs_folder, set_option)
+from .shared import (coloured, completed, examples, goes_on, json_option, overrides_of, pipeline_names, profile_option,
+                                         progress_of, run_names, runs_folder, set_option)
 from ..exits import FAILED
 from ..settings import load_settings
 
@@ -45,6 +45,7 @@ def _resume(pipeline: str, run: str, place: str, loaded: dict) -> str:
 @click.command('run', short_help='run a pipeline: here, in containers, or on SageMaker', epilog=examples(
     'skin-lesion run training                                          # the synthetic sample, end to end',
     'skin-lesion run training --dataset ham10000 --set train.epochs=3',
+    'skin-lesion run training --dataset ham10000 --profile full        # at full strength, on a GPU',
     'skin-lesion run training --resume                                 # goes on with the latest run',
     'skin-lesion run experiments --on containers                       # in the image, without network',
     'skin-lesion run training --on sagemaker --data-dir s3://bucket/raw/ham10000'))
@@ -56,17 +57,18 @@ def _resume(pipeline: str, run: str, place: str, loaded: dict) -> str:
 @click.option('--unknown-dir', help='Folder of pictures that are no dermoscopy, or its s3:// address; drawn ones when left out.')
 @click.option('--allow-missing', is_flag=True, help='Go on although files that the tables name are not there.')
 @set_option
+@profile_option
 @click.option('--resume', is_flag=False, flag_value='latest', metavar='[RUN]', shell_complete=completed(run_names), help='Continue a run that did not end; the latest one, or RUN.')
 @click.option('--over-budget', is_flag=True, help='On SageMaker, start although more is expected to be spent than setting aws.budget.')
 @json_option
-def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, resume, over_budget, as_json):
+def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, profile, resume, over_budget, as_json):
     """Runs PIPELINE from its compiled definition: here, here in containers, or on SageMaker.
 
     Ctrl-C stops it in good order, and a second one at once; standard error then says how to go on."""
     overrides = overrides_of(pairs)
     if dataset: overrides['data.dataset'] = dataset
     if allow_missing: overrides['data.allow_missing'] = 'true'
-    loaded = load_settings(overrides)
+    loaded = load_settings(overrides, profile=profile)
     if place == 'sagemaker':
         if resume: raise click.UsageError('--resume continues local runs. On SageMaker, start the pipeline again: finished steps come from its cache.')
         with progress_of(as_json): status = _run_in_account(pipeline, loaded, data_dir, unknown_dir, over_budget)
@@ -87,10 +89,11 @@ def run_(pipeline, place, dataset, data_dir, unknown_dir, allow_missing, pairs, 
 @click.argument('pipeline', shell_complete=completed(pipeline_names))
 @click.option('-o', '--out', type=click.Path(path_type=Path), help='File to write; standard output when left out.')
 @set_option
-def compile_(pipeline, out, pairs):
+@profile_option
+def compile_(pipeline, out, pairs, profile):
     "Compiles PIPELINE (a file of pipelines/) into the JSON that SageMaker and the local engine run. Needs no account and no network."
     from skin_lesion.cloud.compile import compile_pipeline
-    text = compile_pipeline(pipeline, load_settings(overrides_of(pairs)))
+    text = compile_pipeline(pipeline, load_settings(overrides_of(pairs), profile=profile))
     if out is None: return click.echo(text, nl=False)
     part = out.with_name(out.name + '.tmp')
     part.write_text(text)
@@ -132,12 +135,13 @@ def report(run_id, other, show):
 @click.option('--run', 'run_id', default='latest', show_default=True, metavar='RUN', shell_complete=completed(run_names), help='The run whose prepared pictures are trained on.')
 @click.option('--trials', type=click.IntRange(1), help='Trainings in all, those before an interruption included (setting search.trials).')
 @set_option
+@profile_option
 @json_option
 @goes_on()
-def search(run_id, trials, pairs, as_json):
+def search(run_id, trials, pairs, profile, as_json):
     "Searches the space of section `search` for better settings of training, judged on validation. Interrupted, the same words go on."
     from skin_lesion.execution.search import search as search_settings
-    folder = search_settings(load_settings(overrides_of(pairs)), run_id, trials, lambda line: click.echo(line, err=as_json))
+    folder = search_settings(load_settings(overrides_of(pairs), profile=profile), run_id, trials, lambda line: click.echo(line, err=as_json))
     if as_json: click.echo(json.dumps({'table': str(folder/'search.csv'), 'best': (folder/'best.txt').read_text().split()}, indent=1))
 
 

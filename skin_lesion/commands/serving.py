@@ -13,7 +13,8 @@ from pathlib import Path
 
 import click
 
-from .shared import (Place, examples, folder_argument, json_option, overrides_of, package_of, place_option, runs_folder,
+from .shared import (Place, examples, folder_argument, json_option, overrides_of, package_of, place_option,
+                                         profile_option, runs_folder,
                                          set_option, tell)
 from ..settings import load_settings
 
@@ -51,12 +52,13 @@ def serve(model, port, host, capture, workers, pairs):
 @click.option('--port', default=0, help='Of a local server; a free one when left out.')
 @click.option('--all', 'everything', is_flag=True, help='On SageMaker: first build and push images that ECR lacks, and create or update the pipelines.')
 @set_option
+@profile_option
 @json_option
-def deploy(version, place, port, everything, pairs, as_json):
+def deploy(version, place, port, everything, pairs, profile, as_json):
     """Deploys the approved VERSION, or the newest approved one, as the endpoint of setting serving.endpoint.
 
     It must answer smoke pictures first. A second time it replaces what is there, and goes back to that if it fails."""
-    loaded = load_settings(overrides_of(pairs))
+    loaded = load_settings(overrides_of(pairs), profile=profile)
     if everything and place == 'local': raise click.UsageError('--all is for --on sagemaker: here are no images and no pipelines to put anywhere.')
     echo = lambda line: click.echo(line, err=as_json)
     if place == 'sagemaker':

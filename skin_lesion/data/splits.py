@@ -13,7 +13,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 # %% auto #0
-__all__ = ['PARTS', 'group_images', 'split_table', 'random_split_leak', 'LeakError', 'prove_split', 'check_proof']
+__all__ = ['PARTS', 'group_images', 'split_table', 'random_split_leak', 'LeakError', 'prove_split', 'check_proof', 'lesion_folds',
+           'pairs_within', 'prove_folds']
 
 # %% ../../nbs/data/05_splits.ipynb #9e916f2d
 PARTS = ('train', 'validation', 'test')
@@ -193,3 +194,40 @@ def check_proof(
     for part, rows in given.items():
         if _rows_hash(rows) != proof['sha256'].get(part):
             raise LeakError(f'the proof belongs to other rows than the {len(rows):,} of {part}; {again}')
+
+# %% ../../nbs/data/05_splits.ipynb #5a201284
+def lesion_folds(
+    table: pd.DataFrame,  # image_id, lesion_id, patient_id, diagnosis
+    pairs: np.ndarray,  # (P, 2), row numbers of near-duplicates
+    folds: int = 5,
+    seed: int = 1,
+) -> np.ndarray:  # (N,), the fold of each image, 0 to folds - 1
+    "Folds that share no lesion, patient or near-duplicate, stratified by diagnosis."
+    from sklearn.model_selection import StratifiedGroupKFold  # here: most who import this module deal no folds
+    fold = np.zeros(len(table), np.int64)
+    parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(table, table.diagnosis, group_images(table, pairs))
+    for n, (_, held_out) in enumerate(parts): fold[held_out] = n
+    return fold
+
+
+def pairs_within(
+    rows: pd.DataFrame,  # image_id
+    near_duplicates: list,  # pairs of image ids, of the proof of a split
+) -> np.ndarray:  # (P, 2), row numbers
+    "Those near-duplicates that are both among these rows."
+    place = {image: n for n, image in enumerate(rows.image_id)}
+    return np.array([(place[a], place[b]) for a, b in near_duplicates if a in place and b in place], np.int64).reshape(-1, 2)
+
+
+def prove_folds(
+    rows: pd.DataFrame,  # image_id, lesion_id, patient_id, diagnosis
+    fold: np.ndarray,  # (N,), of `lesion_folds`
+    near_duplicates: list,  # pairs of image ids, of the proof of the split
+) -> dict:  # fit for JSON: what is shared, all 0, and the images and classes of each fold
+    "The proof of the folds. Raises `LeakError` where two of them share a lesion, a patient or a near-duplicate."
+    parts = {str(n): rows[fold == n] for n in np.unique(fold)}
+    shared = _shared(parts, near_duplicates)
+    if any(shared.values()):
+        raise LeakError('the folds share ' + ', '.join(f'{n} {k.replace("_", "-")}' for k, n in shared.items() if n) + '; deal them with `lesion_folds`')
+    return {'shared': shared, 'images': {n: len(part) for n, part in parts.items()},
+            'images_by_class': {n: part.diagnosis.value_counts().sort_index().to_dict() for n, part in parts.items()}}

@@ -76,8 +76,9 @@ def comparison_row(
     package_bytes: int,
 ) -> dict:                  # the architecture, and a value for each of `MEASURES`
     "What one network reaches and costs."
-    return {'architecture': model['architecture'], 'image_size': model['image_size']} | {k: evaluation[k] for k in INTERVALS} | network_cost(
-        model['architecture'], len(model['classes']), model['image_size']) | {
+    cost = network_cost(model['architecture'], len(model['classes']), model['image_size'])
+    cost['gflops'] *= model.get('views', 1)   # each is a pass through the network
+    return {'architecture': model['architecture'], 'image_size': model['image_size']} | {k: evaluation[k] for k in INTERVALS} | cost | {
         'train_images_per_second': float(history.images_per_second.median()), 'latency_ms': float(np.median(taken)), 'package_mb': package_bytes / 1e6}
 
 # %% ../../nbs/evaluation/08_comparison.ipynb #8ee17806

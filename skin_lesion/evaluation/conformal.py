@@ -10,7 +10,7 @@ import numpy as np
 from .metrics import _ratio, confusion, count_lesions, from_confusion, interval, lesion_weights, not_estimable
 
 # %% auto #0
-__all__ = ['fit_sets', 'prediction_sets', 'measure_sets', 'fit_abstention', 'measure_abstention']
+__all__ = ['fit_sets', 'prediction_sets', 'measure_sets', 'coverage_band', 'fit_abstention', 'measure_abstention']
 
 # %% ../../nbs/evaluation/02a_conformal.ipynb #d8a72a15
 def fit_sets(
@@ -62,6 +62,22 @@ def measure_sets(
         too_few = not_estimable(f'{n} lesions of this class; {max(min_lesions, 1)} are needed') if n < max(min_lesions, 1) else None
         found[name] = {'lesions': n} | {k: too_few or mean(v, y == c) for k, v in values.items()}
     return {k: mean(v, y >= 0) for k, v in values.items()} | {'per_class': found}
+
+# %% ../../nbs/evaluation/02a_conformal.ipynb #054502a1
+def coverage_band(
+    fitted: np.ndarray,  # (C,), validation lesions of each class
+    tested: np.ndarray,  # (C,), test lesions of each class
+    coverage: float,  # that was asked
+    confidence: float = .95,
+    draws: int = 10_000,
+) -> tuple[float, float]:  # the measured coverage of all test lesions lies between these so often
+    "What a valid method's measured coverage may be."
+    rng, inside = np.random.default_rng(1), np.zeros(draws)
+    for n, m in zip(fitted, tested):
+        k = int(np.floor((1 - coverage)*(n + 1) + 1e-9))  # lesions below the threshold; with none, the class is in every set
+        inside += rng.binomial(m, rng.beta(n + 1 - k, k, draws)) if k else m
+    low, high = np.quantile(inside/max(np.sum(tested), 1), [(1 - confidence)/2, (1 + confidence)/2])
+    return float(low), float(high)
 
 # %% ../../nbs/evaluation/02a_conformal.ipynb #c0023882
 def fit_abstention(

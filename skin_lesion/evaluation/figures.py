@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from .metrics import ranking, risk_coverage
 
 # %% auto #0
-__all__ = ['INK', 'ACCENT', 'SECOND', 'GREY', 'confusion_figure', 'reliability_figure', 'risk_coverage_figure', 'roc_figure',
-           'subgroup_figure', 'worst_errors', 'contact_sheet', 'unknown_figure', 'unknown_sheet']
+__all__ = ['INK', 'ACCENT', 'SECOND', 'GREY', 'confusion_figure', 'reliability_figure', 'risk_coverage_figure', 'sets_figure',
+           'roc_figure', 'subgroup_figure', 'worst_errors', 'contact_sheet', 'unknown_figure', 'unknown_sheet']
 
 # %% ../../nbs/evaluation/04_figures.ipynb #31f53c11
 INK, ACCENT, SECOND, GREY = '#1f2933', '#2f6690', '#d1603d', '#9aa5b1'
@@ -50,9 +50,10 @@ def reliability_figure(
     calibration: dict,  # of `compare_calibration`
     synthetic: bool = False,
 ) -> Figure:
-    "Reliability of the top label before and after the temperature."
+    "Reliability of the top label without a calibration and with the chosen one."
     fig, axes = _axes(5.6, 3.2, ncols=2, sharey=True)
-    titles = ('before', f"after, temperature {calibration['temperature']:.2f}")
+    chosen = f"temperature {calibration['temperature']:.2f}" if calibration['method'] == 'temperature' else 'vector scaling'
+    titles = ('before', f'after, {chosen}')
     for ax, when, title, colour in zip(axes, ('before', 'after'), titles, (SECOND, ACCENT), strict=True):
         bins = calibration[when]['reliability']
         x, acc, n = (np.array([b[k] for b in bins]) for k in ('confidence', 'accuracy', 'images'))
@@ -78,6 +79,23 @@ def risk_coverage_figure(
     ax.axhline(risk[-1], color=GREY, lw=1, ls=':')
     ax.set(xlim=(0, 1), ylim=(0, max(.05, 1.1 * risk[shown].max())), xlabel='coverage: share of images kept, surest first', ylabel='risk: errors among them')
     ax.set_title(_title(f'Risk and coverage, area {area:.3f}', synthetic), fontsize=10)
+    return fig
+
+# %% ../../nbs/evaluation/04_figures.ipynb #25333496
+def sets_figure(
+    sets: dict,  # {"asked_coverage", "per_class"} of the step `evaluate`
+    synthetic: bool = False,
+) -> Figure:
+    "Coverage of each class with its interval, beside what was asked."
+    found = sets['per_class']
+    fig, ax = _axes(4.6, .26 * len(found) + 1.1)
+    for i, x in enumerate(d['coverage'] for d in found.values()):
+        if x['value'] is None: ax.text(.02, i, 'not estimable', fontsize=7, color=GREY, va='center')
+        else: ax.plot([x['low'], x['high']], [i, i], color=ACCENT, lw=1.5), ax.plot(x['value'], i, 's', color=ACCENT, ms=4)
+    ax.axvline(sets['asked_coverage'], color=SECOND, lw=1, ls=':')
+    ax.set(xlim=(0, 1.01), ylim=(len(found) - .4, -.6), xlabel='share of the lesions whose set holds the diagnosis')
+    ax.set_yticks(range(len(found)), [f"{name}  (n={d['lesions']})" for name, d in found.items()])
+    ax.set_title(_title('Coverage of the prediction sets', synthetic), fontsize=10)
     return fig
 
 # %% ../../nbs/evaluation/04_figures.ipynb #fa198e40
@@ -147,14 +165,19 @@ def contact_sheet(
     classes: tuple[str, ...],
     synthetic: bool = False,
     columns: int = 6,
+    maps: np.ndarray | None = None,  # (n, h, w), where the evidence for the predicted class lies: drawn over the image, below it
 ) -> Figure:
     "Each image with its true class, the predicted one and their probabilities."
-    n = len(images)
-    fig, axes = _axes(1.12 * columns, 1.5 * max(1, -(-n // columns)) + .4, nrows=max(1, -(-n // columns)), ncols=columns, squeeze=False)
+    n, rows, high = len(images), max(1, -(-len(images) // columns)), 1 if maps is None else 2
+    fig, axes = _axes(1.12 * columns, (.4 + 1.12 * high) * rows + .4, nrows=high * rows, ncols=columns, squeeze=False)
     for ax in axes.ravel(): ax.set_axis_off()
-    for ax, image, q, c in zip(axes.ravel(), images, p, y, strict=False):
+    for i, (image, q, c) in enumerate(zip(images, p, y, strict=True)):
+        ax = axes[i // columns * high, i % columns]
         ax.imshow(image)
         ax.set_title(f'{classes[c]} {q[c]:.0%}\ncalled {classes[q.argmax()]} {q.max():.0%}', fontsize=7)
+        if maps is None: continue
+        below = axes[i // columns * high + 1, i % columns]
+        below.imshow(image), below.imshow(maps[i], cmap='jet', alpha=.4, interpolation='bicubic', extent=(-.5, image.shape[1] - .5, image.shape[0] - .5, -.5))
     fig.suptitle(_title(f'The {n} worst errors: truth, prediction, their probabilities' if n else 'No errors', synthetic), fontsize=10)
     return fig
 

@@ -9,9 +9,9 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['WHOLE', 'PER_CLASS', 'MELANOMA', 'check_inputs', 'lesion_weights', 'confusion', 'mean_of_defined', 'from_confusion',
-           'ranking', 'confidence_bins', 'calibration_error', 'proper_scores', 'risk_coverage', 'at_half', 'statistics',
-           'interval', 'not_estimable', 'show_interval', 'count_lesions', 'score', 'paired_difference',
-           'official_scores']
+           'ranking', 'sensitivity_at', 'confidence_bins', 'calibration_error', 'proper_scores', 'risk_coverage',
+           'at_half', 'statistics', 'interval', 'not_estimable', 'show_interval', 'count_lesions', 'score',
+           'paired_difference', 'official_scores']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #141313b0
 def check_inputs(
@@ -94,6 +94,20 @@ def ranking(
     auc = _ratio((neg * (tps - pos / 2)).sum(1), total_pos * total_neg)
     precision = np.nan_to_num(_ratio(tps, alls))
     return auc, _ratio((pos * precision).sum(1), total_pos)
+
+# %% ../../nbs/evaluation/01_metrics.ipynb #f86fb110
+def sensitivity_at(
+    score: np.ndarray,  # (N,), higher means more likely positive
+    positive: np.ndarray,  # (N,), bool
+    weights: np.ndarray | None = None,  # (B, N)
+    specificity: float = .9,  # at least
+) -> np.ndarray:  # (B,)
+    "The highest sensitivity of a threshold with that specificity."
+    weights = np.ones((1, len(score))) if weights is None else weights
+    pos, both = _tie_sums(score, [weights * positive, weights])
+    tps, fps = pos.cumsum(1), (both - pos).cumsum(1)
+    allowed = fps <= (1 - specificity)*fps[:, -1:] + 1e-9
+    return _ratio(np.where(allowed, tps, 0).max(1), tps[:, -1])
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #7611774a
 def confidence_bins(
@@ -213,6 +227,12 @@ def _class_entry(draws, y, lesions, c, confidence, min_lesions):
 
 MELANOMA = 'MEL'
 
+def _melanoma_at_90(p, y, weights, classes, confidence):
+    "Sensitivity for melanoma at a specificity of 0.9."
+    if MELANOMA not in classes: return not_estimable('the model does not know melanoma')
+    c = classes.index(MELANOMA)
+    return interval(sensitivity_at(p[:, c], y == c, weights), confidence)
+
 def score(
     p: np.ndarray,  # (N, C), the probabilities behind the decision
     y: np.ndarray,  # (N,), int
@@ -238,6 +258,7 @@ def score(
         'per_class': {name: _class_entry(draws, y, lesions, c, confidence, min_lesions) for c, name in enumerate(classes)},
         'melanoma_sensitivity': interval(draws['sensitivity'][:, classes.index(MELANOMA)], confidence) if MELANOMA in classes
                                 else not_estimable('the model does not know melanoma'),
+        'melanoma_sensitivity_at_90': _melanoma_at_90(p, y, weights, classes, confidence),
         'confusion_matrix': confusion(p, y)[0].astype(int).tolist()}
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #83a7e3f6

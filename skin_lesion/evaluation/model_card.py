@@ -5,6 +5,7 @@
 # %% ../../nbs/evaluation/06_model_card.ipynb #dc4546d6
 from __future__ import annotations
 
+from .costs import CARE
 from .metrics import WHOLE, show_interval
 
 # %% auto #0
@@ -30,13 +31,17 @@ def markdown_table(
     return '\n'.join([line(rows[0]), line(['---'] * len(rows[0])), *(line(r.values()) for r in rows)])
 
 # %% ../../nbs/evaluation/06_model_card.ipynb #bcb321dc
+def _chosen(e):
+    c = e['calibration']
+    return 'a scale and a bias of each class' if c.get('method') == 'vector' else f"a temperature of {c['temperature']:.3f}"
+
 def _details(e, m):
     facts = {k: v for k, v in m['provenance'].items() if not isinstance(v, dict)}
     settings = {f'`{k}`': v for part in m['provenance'].values() if isinstance(part, dict) for k, v in part.items()}
     return f"""## Model details
 
 - Image classifier, architecture `{m['architecture']}`, {m['image_size']} × {m['image_size']} pixels RGB, {len(m['classes'])} classes
-- Output: a probability for each class, calibrated by a temperature of {e['calibration']['temperature']:.3f}. By default the classes are taken to be equally frequent, which is
+- Output: a probability for each class, calibrated by {_chosen(e)}. By default the classes are taken to be equally frequent, which is
   the decision that balanced accuracy measures; on request they are as frequent as in the training data
 """ + '\n'.join(f'- {k.replace("_", " ")}: `{v}`' for k, v in facts.items()) + f"""
 
@@ -51,8 +56,15 @@ assessed by any authority, and must not decide on the care of any person. Out of
 diagnoses that are not in the list above, and screening without a physician."""
 
 # %% ../../nbs/evaluation/06_model_card.ipynb #12ec0670
-def _metrics(e):
-    heads = {'melanoma_sensitivity': 'melanoma sensitivity'} | WHOLE
+def _cross_validated(m):
+    if not (found := m.get('cross_validated')): return ''
+    return f"""
+
+Cross-validated over {found['folds']} folds of the training lesions ({found['lesions']:,}), each asked of a network that had not seen it: balanced accuracy {show_interval(found['balanced_accuracy'])},
+melanoma sensitivity at a specificity of 0.9 {show_interval(found['melanoma_sensitivity_at_90'])}. The model of this card was taught by these networks' answers (Hinton et al. 2015)."""
+
+def _metrics(e, m):
+    heads = {'melanoma_sensitivity': 'melanoma sensitivity', 'melanoma_sensitivity_at_90': 'melanoma sensitivity at a specificity of 0.9'} | WHOLE
     per_class = [{'class': c, 'images': d['images'], 'lesions': d['lesions']} | {k.replace('_', ' ').replace('auc', 'AUC').replace('f1', 'F1'): show_interval(d[k])
                  for k in ('sensitivity', 'specificity', 'auc', 'average_precision', 'f1')} for c, d in e['per_class'].items()]
     return f"""## Metrics
@@ -60,9 +72,9 @@ def _metrics(e):
 {e['images']:,} test images of {e['lesions']:,} lesions; no lesion and no near-duplicate of them was trained on. Intervals: {e['confidence']:.0%}, bootstrap of {e['bootstrap']:,}
 resamples over lesions. "Not estimable": fewer than {e['min_lesions']} lesions.
 
-{markdown_table([{'metric': v, 'value (interval)': show_interval(e[k])} for k, v in heads.items()])}
+{markdown_table([{'metric': v, 'value (interval)': show_interval(e[k])} for k, v in heads.items() if k in e])}
 
-{markdown_table(per_class)}
+{markdown_table(per_class)}{_cross_validated(m)}
 
 ### Gate
 
@@ -96,18 +108,34 @@ Balanced accuracy of a group covers the classes of which it holds enough lesions
 
 {markdown_table(table)}"""
 
+# %% ../../nbs/evaluation/06_model_card.ipynb #b746610b
+def _costs(e):
+    if 'costs' not in e: return ''
+    costs = e['costs']
+    prices = [{'truth': c} | dict(zip(costs['classes'], row)) for c, row in zip(costs['classes'], costs['matrix'])]
+    return f"""## What each mistake costs
+
+In needless biopsies; rows are the truth, columns the decision. **An example, to be replaced by the prices of the place of use** (`evaluate.missed_melanoma`, `evaluate.missed_carcinoma`).
+
+{markdown_table(prices)}
+
+The operating point is the suspicion, the probability of all that is cut out or treated, whose mistakes cost least on the validation images. The endpoint gives the default decision and the probabilities; the others follow from these.
+
+{markdown_table([{'decision': name} | {title: show_interval(found[k]) for k, title in CARE.items()} for name, found in costs['decisions'].items()])}"""
+
 # %% ../../nbs/evaluation/06_model_card.ipynb #0929dc1f
 def _auroc(e, name): return 'an AUROC of ' + show_interval(e['unknown'][name]) if e.get('unknown') else 'an AUROC that was not measured'
 
 def _caveats(e):
-    before, after = e['calibration']['before'], e['calibration']['after']
+    c = e['calibration']
+    rows = {'none': c['before']} | c.get('methods', {'temperature': c['after']})
     empty = [c for c, d in e['per_class'].items() if d['sensitivity']['value'] is None]
     unknown = f"\n- Not estimable for want of lesions: {', '.join(empty)}." if empty else ''
     return f"""## Calibration
 
-Temperature {e['calibration']['temperature']:.3f}, fitted on validation images. On the test images, with the class frequencies of the training data:
+By {_chosen(e)}, fitted on validation images{'; ' + c['reason'] if 'reason' in c else ''}. On the test images, with the class frequencies of the training data:
 
-{markdown_table([{'': k, 'ECE': f"{d['ece']:.4f}", 'Brier': f"{d['brier']:.4f}", 'log loss': f"{d['log_loss']:.4f}"} for k, d in (('before', before), ('after', after))])}
+{markdown_table([{'calibration': k, 'ECE': f"{d['ece']:.4f}", 'Brier': f"{d['brier']:.4f}", 'log loss': f"{d['log_loss']:.4f}"} for k, d in rows.items()])}
 
 ## Ethical considerations
 
@@ -130,5 +158,5 @@ def model_card(
     "Model card after Mitchell et al. (2019). Raises KeyError for records that lack a part."
     warning = ('> **SYNTHETIC: trained or measured on drawn images. No number below says anything about patients.**\n\n'
                if evaluation['synthetic'] or model['synthetic'] else '')
-    parts = [_details(evaluation, model), _factors(evaluation), _metrics(evaluation), _data(evaluation, model), _groups(evaluation), _caveats(evaluation)]
-    return f"# Model card: skin_lesion, {model['architecture']} on {model['dataset']}\n\n{warning}" + '\n\n'.join(parts) + '\n'
+    parts = [_details(evaluation, model), _factors(evaluation), _metrics(evaluation, model), _data(evaluation, model), _groups(evaluation), _costs(evaluation), _caveats(evaluation)]
+    return f"# Model card: skin_lesion, {model['architecture']} on {model['dataset']}\n\n{warning}" + '\n\n'.join(filter(None, parts)) + '\n'

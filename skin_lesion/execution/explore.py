@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -20,12 +19,12 @@ from ..data.combine import read_datasets
 from ..data.duplicates import near_duplicates
 from ..data.sample import write_sample
 from ..data.shards import Packed, pack_images
-from ..data.splits import group_images
+from ..data.splits import lesion_folds
 from ..serving.predictor import Graph
 from ..training.models import Classifier, export_graph, load_pretrained
 
 # %% auto #0
-__all__ = ['read_pictures', 'find_copies', 'lesion_folds', 'imagenet_graph', 'frozen_features', 'out_of_fold']
+__all__ = ['read_pictures', 'find_copies', 'imagenet_graph', 'frozen_features', 'out_of_fold']
 
 # %% ../../nbs/execution/11_explore.ipynb #198fb571
 def read_pictures(
@@ -61,19 +60,6 @@ def find_copies(
     pairs = near_duplicates(packed.fingerprints, progress=True)
     file.write_text(json.dumps({'images': ids, 'pairs': pairs.tolist()}))
     return pairs
-
-# %% ../../nbs/execution/11_explore.ipynb #54ccc12c
-def lesion_folds(
-    table: pd.DataFrame,  # image_id, lesion_id, patient_id, diagnosis
-    pairs: np.ndarray,  # (P, 2), row numbers of near-duplicates
-    folds: int = 5,
-    seed: int = 1,
-) -> np.ndarray:  # (N,), the fold of each image
-    "Folds that share no lesion, patient or near-duplicate, stratified by diagnosis."
-    fold = np.zeros(len(table), np.int64)
-    parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(table, table.diagnosis, group_images(table, pairs))
-    for n, (_, held_out) in enumerate(parts): fold[held_out] = n
-    return fold
 
 # %% ../../nbs/execution/11_explore.ipynb #643d74fd
 def imagenet_graph(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['chain_of', 'notebook_of', 'step_box', 'failure', 'parameters_of', 'gate_rules', 'bar', 'tile', 'headline', 'gate',
-           'confusion', 'per_class', 'by_group', 'networks', 'pictures_of', 'pictures', 'proof', 'default_parameters',
-           'changed_parameters', 'settings', 'notices', 'top', 'files', 'run_page', 'write_report']
+           'confusion', 'per_class', 'by_group', 'care', 'networks', 'pictures_of', 'pictures', 'proof',
+           'default_parameters', 'changed_parameters', 'settings', 'notices', 'top', 'files', 'run_page',
+           'write_report']
 
 # %% ../../nbs/execution/07_report.ipynb #5d54d151
 import json
@@ -204,6 +205,18 @@ def by_group(
     rows = [[f'{g["factor"].replace("_", " ")}: {g["group"]}', str(g['images']), str(g['lesions']), *(figure(g.get(k)) for k in names)] for g in groups]
     return Section(Details(Summary('By subgroup'), table(['group', 'images', 'lesions', *names.values()], rows))),
 
+# %% ../../nbs/execution/07_report.ipynb #8af90dfc
+def care(
+    evaluation: dict,  # evaluation.json
+) -> tuple:  # sections
+    "What each decision's mistakes cost."
+    decisions = dig(evaluation, 'costs.decisions') or {}
+    if not decisions: return ()
+    names = {'cost_of_100': 'cost of 100 pictures', 'sent': 'cut out or treated', 'melanoma_sensitivity': 'melanomas among them', 'specificity': 'benign left alone'}
+    note = 'In needless biopsies, by an example of prices (evaluate.missed_melanoma, evaluate.missed_carcinoma), to be replaced by those of the place of use.'
+    rows = [[name, *(figure(found.get(k)) for k in names)] for name, found in decisions.items()]
+    return Section(H2('What mistakes cost'), table(['decision', *names.values()], rows), P(Small(note))),
+
 # %% ../../nbs/execution/07_report.ipynb #03263317
 def networks(
     compared: dict,  # experiments.json
@@ -332,7 +345,7 @@ def run_page(
                      P(Small(f'Branch not taken: {", ".join(skipped)}')) if skipped else ''),) if steps else ()
     waiting = () if evaluation or compared or (run/'event.json').exists() else (Section(P('There is no evaluation yet: the run has not come that far.')),)
     body = [*failure(run, execution), *chain, *waiting, *networks(compared), *headline(evaluation, rules), *gate(rules, evaluation, outcome and outcome == 'True'),
-            *per_class(evaluation), *by_group(evaluation), *pictures(run), *proof(read_json(run/'split_proof.json')), *settings(execution), *files(run)]
+            *per_class(evaluation), *by_group(evaluation), *care(evaluation), *pictures(run), *proof(read_json(run/'split_proof.json')), *settings(execution), *files(run)]
     title = f'{execution.get("PipelineExecutionStatus", "Unknown")}: {execution.get("PipelineExecutionId", run.name)}'
     return page(title, *notices(evaluation or compared, execution), top(run, execution), Main(*body), Footer(f'Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by skin_lesion'))
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from ..data.images import Picture, read_picture, to_square
-from ..evaluation.calibration import probabilities
+from ..evaluation.calibration import calibrated
 from ..evaluation.conformal import prediction_sets
 from ..evaluation.unknown import FILE as UNKNOWN_FILE
 from ..evaluation.unknown import Unknown
@@ -89,7 +89,7 @@ class Answerer(Predictor):
         explain: bool,        # with the map of the top class
     ) -> dict:
         "All that is said about one picture."
-        p = probabilities(row['logits'][None], self.model['calibration']['temperature'], self.model['logit_shares'])[0]
+        p = calibrated(row['logits'][None], self.model['calibration'], self.model['logit_shares'])[0]
         share = dict(zip(self.classes, p.round(6).tolist()))
         top, malignant = self.classes[p.argmax()], [share[c] for c in MALIGNANT if c in share]
         unknown = round(float(self.unknown.score(row['features'][None], row['logits'][None])[0]), 4) if self.unknown else None

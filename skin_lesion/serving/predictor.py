@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from ..data.images import read_squares
-from ..evaluation.calibration import at_prevalence, probabilities
+from ..evaluation.calibration import at_prevalence, calibrated
 from .package import pack, unpack
 
 # %% ../../nbs/serving/02_predictor.ipynb #52d5ef42
@@ -92,7 +92,7 @@ class Predictor(Graph):
         prevalence: str = 'equal',    # equal, or dataset
     ) -> np.ndarray:                  # (N, C), rows sum to 1
         "Calibrated probabilities of packed pictures."
-        equal = probabilities(self.logits(images), self.model['calibration']['temperature'], self.model['logit_shares'])
+        equal = calibrated(self.logits(images), self.model['calibration'], self.model['logit_shares'])
         return equal if prevalence == 'equal' else at_prevalence(equal, self.model['class_shares'])
 
     def predict_files(self,

@@ -7,6 +7,7 @@ __all__ = ['Recipe', 'Stopped', 'watch_sigterm', 'save_checkpoint', 'load_checkp
            'train']
 
 # %% ../../nbs/training/03_loop.ipynb #ea04b2fe
+import hashlib
 import os
 import signal
 import threading
@@ -30,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.std import tqdm
 
-from ..data.augment import augment_batch, draw
+from ..data.augment import augment_batch, draw, draw_mix, mix_batch
 from ..data.shards import Shards
 from .collective import from_first, join_rows, my_rows, over_all, processes, share_batch_norm
-from .imbalance import class_shares, epoch_order, imbalance_loss
+from .imbalance import class_shares, class_weights, epoch_order, imbalance_loss, learned_shares
 from .machine import choose_device, choose_dtype
 
 # %% ../../nbs/training/03_loop.ipynb #ce533f13
@@ -46,7 +47,9 @@ class Recipe:
     optimizer: str = 'adamw'   # a timm optimiser: adamw, sgd, ...
     weight_decay: float = 0.02
     warmup_epochs: int = 1     # linear warm-up before the cosine
+    layer_decay: float = 1.0   # of the learning rate from each layer to the one before it; 1 turns it off
     imbalance: str = 'logit_adjustment'  # of skin_lesion.training.imbalance
+    mix: str = 'none'          # of skin_lesion.data.augment: none, mixup or cutmix
     ema_decay: float = 0.998   # of the moving average of the weights; 0 turns it off
     patience: int = 0          # epochs without improvement before training stops; 0 never stops
     precision: str = 'auto'    # auto, float32 or bfloat16
@@ -95,20 +98,24 @@ def load_checkpoint(
 # %% ../../nbs/training/03_loop.ipynb #27a36273
 def batches(
     images: Shards,
-    labels: np.ndarray,       # (N,), class numbers
+    targets: np.ndarray,      # (N, C), float32: what the network is to say of each picture
     order: np.ndarray,        # rows of this epoch
     batch_size: int,          # over all processes; an incomplete last batch is left out
     seed: tuple[int, int],    # of the run, and the epoch
     first: int = 0,           # batches already done
     rank: int = 0, world: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:  # (n, S, S, 3) uint8 and (n,) int64
+    mix: str = 'none',        # none, mixup or cutmix
+) -> Iterator[tuple[Tensor, Tensor]]:  # (n, S, S, 3) uint8 and (n, C) float32
     "Augmented batches of one epoch, two batches ahead, made by as many threads as torch has."
-    draws = draw(len(images), seed)
+    draws, mixing, partners = draw(len(images), seed), draw_mix(len(order), mix, seed), np.roll(order, 1)
     def make(start):
-        rows = order[start:start + batch_size][rank::world]
+        places = np.arange(len(order))[start:start + batch_size][rank::world]
+        rows, others = order[places], partners[places]
         pixels = torch.empty(len(rows), images.image_size, images.image_size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         augment_batch(images.mapped(rows), draws[rows], pool, out=pixels.numpy())
-        return pixels, torch.from_numpy(labels[rows])
+        if mix == 'none': return pixels, torch.from_numpy(targets[rows])
+        share = mix_batch(pixels.numpy(), augment_batch(images.mapped(others), draws[others], pool), mixing[places], mix)[:, None]
+        return pixels, torch.from_numpy(share * targets[rows] + (1 - share) * targets[others])
     starts = range(first * batch_size, max(len(order) // batch_size, 1) * batch_size, batch_size)
     pending = deque()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, ThreadPoolExecutor(2) as ahead:
@@ -140,13 +147,15 @@ def predict_logits(
 def validate(
     logits: np.ndarray,     # (N, C)
     labels: np.ndarray,     # (N,)
+    weights: Tensor,        # (C,), of the classes in the loss
     shares: Tensor,         # (C,), of the training set
     way: str,               # of handling imbalance
 ) -> dict[str, float]:      # validation_loss in nats, validation_balanced_accuracy in 0 to 1
     "Validation loss and balanced accuracy, every class counting alike."
-    loss = imbalance_loss(torch.from_numpy(logits), torch.from_numpy(labels), shares, way).item()
-    if way == 'none': logits = logits - shares.log().numpy()
-    return {'validation_loss': loss, 'validation_balanced_accuracy': float(balanced_accuracy_score(labels, logits.argmax(1)))}
+    targets = torch.eye(len(shares))[torch.from_numpy(labels)]
+    loss = imbalance_loss(torch.from_numpy(logits), targets, weights, shares, way).item()
+    equal = logits - learned_shares(shares, weights, way).log().numpy()
+    return {'validation_loss': loss, 'validation_balanced_accuracy': float(balanced_accuracy_score(labels, equal.argmax(1)))}
 
 # %% ../../nbs/training/03_loop.ipynb #bf946bd5
 def train(
@@ -157,6 +166,7 @@ def train(
     recipe: Recipe,
     checkpoints: Path,       # folder; a run that was stopped goes on from there
     device: torch.device | None = None,
+    targets: np.ndarray | None = None,  # (N, C), float32, rows sum to 1: what the network is to say of each training picture; None: its label
 ) -> pd.DataFrame:           # a row an epoch
     "Trains `model` in place. Raises `Stopped` after SIGTERM, with a checkpoint saved; `ValueError` for a foreign checkpoint."
     device = device or choose_device()
@@ -165,17 +175,22 @@ def train(
     labels, validation_labels = (np.array([classes.index(d) for d in s.rows.diagnosis]) for s in (training, validation))
     shares = class_shares(labels, classes)
     share_tensor = torch.tensor(shares, dtype=torch.float32)
+    taught = None if targets is None else hashlib.sha256(targets.tobytes()).hexdigest()
+    if targets is None: targets = np.eye(len(classes), dtype=np.float32)[labels]
+    if not 0 < recipe.layer_decay <= 1:
+        raise ValueError(f'train.layer_decay = {recipe.layer_decay:g} must be above 0 and at most 1, which turns it off.')
     if min(recipe.batch_size, len(labels)) % world:
         raise ValueError(f'A batch of {min(recipe.batch_size, len(labels))} pictures cannot be dealt evenly to {world} processes. '
                          f'Set train.batch_size to a multiple of {world}, at most {len(labels)}, or train.processes to another number.')
     model = share_batch_norm(model.to(device))
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model  # the buffers are equal
-    optimizer = create_optimizer_v2(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+    optimizer = create_optimizer_v2(model.net, recipe.optimizer, recipe.learning_rate, recipe.weight_decay,
+                                    layer_decay=recipe.layer_decay if recipe.layer_decay != 1 else None)
     epoch_updates = max(len(labels) // recipe.batch_size, 1)
     schedule = CosineLRScheduler(optimizer, t_initial=recipe.epochs * epoch_updates, warmup_t=recipe.warmup_epochs * epoch_updates,
                                  warmup_lr_init=recipe.learning_rate / 100, warmup_prefix=False, t_in_epochs=False)
     average = ModelEmaV3(model, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-    belongs_to = {'recipe': asdict(recipe), 'data': [training.content_hash, validation.content_hash], 'classes': classes}
+    belongs_to = {'recipe': asdict(recipe), 'data': [training.content_hash, validation.content_hash], 'classes': classes, 'targets': taught}
     history, best, epoch, done, loss_sum = [], None, 0, 0, 0.0
     if state := from_first(load_checkpoint(checkpoints, belongs_to) if rank == 0 else None, device):
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
@@ -201,15 +216,16 @@ def train(
         while epoch < recipe.epochs and not _out_of_patience(history, recipe.patience):
             started, first, spoken = time.perf_counter(), done, time.perf_counter()
             order = epoch_order(labels, shares, recipe.imbalance, (recipe.seed, epoch))
+            weights = class_weights(share_tensor, len(labels), recipe.imbalance, epoch / recipe.epochs)
             bar = tqdm(total=epoch_updates, initial=done, desc=f'epoch {epoch}', disable=None if rank == 0 else True, leave=False)
             model.train()
-            for images, truth in batches(training, labels, order, recipe.batch_size, (recipe.seed, epoch), done, rank, world):
+            for images, truth in batches(training, targets, order, recipe.batch_size, (recipe.seed, epoch), done, rank, world, recipe.mix):
                 update = epoch * epoch_updates + done
                 torch.manual_seed(recipe.seed * 1_000_003 + update)   # dropout
                 schedule.step_update(update)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): logits = wrapped(images.to(device, non_blocking=True))
-                loss = imbalance_loss(logits.float(), truth.to(device), share_tensor.to(device), recipe.imbalance)
-                if recipe.imbalance == 'weighting': loss = loss * _part_of_weights(truth, share_tensor, device)
+                loss = imbalance_loss(logits.float(), truth.to(device), weights.to(device), share_tensor.to(device), recipe.imbalance)
+                if world > 1: loss = loss * _part_of_weights(truth, weights, device)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -227,9 +243,9 @@ def train(
             judged = average.module if average else model
             logits = predict_logits(judged, validation, device, dtype, max(recipe.batch_size // world, 1),
                                     lambda: stop_if_told(*over_all([told.is_set()], device)))
-            result = {'epoch': epoch, 'train_loss': loss_sum / done, 'learning_rate': optimizer.param_groups[0]['lr'],
+            result = {'epoch': epoch, 'train_loss': loss_sum / done, 'learning_rate': max(group['lr'] for group in optimizer.param_groups),
                       'images_per_second': (done - first) * recipe.batch_size / (time.perf_counter() - started),
-                      **validate(logits, validation_labels, share_tensor, recipe.imbalance)}
+                      **validate(logits, validation_labels, weights, share_tensor, recipe.imbalance)}
             if not np.isfinite(result['train_loss']):
                 raise ValueError(f'The training loss became {result["train_loss"]} in epoch {epoch}. Lower train.learning_rate '
                                  f'(now {recipe.learning_rate:g}) or set train.precision=float32.')
@@ -250,7 +266,7 @@ def _out_of_patience(history: list[dict], patience: int) -> bool:
     return bool(patience) and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
 
-def _part_of_weights(truth: Tensor, shares: Tensor, device: torch.device) -> float:
+def _part_of_weights(truth: Tensor, weights: Tensor, device: torch.device) -> float:
     "The weights of this process's pictures over those of the mean process: a weighted mean is divided by the weights of the batch."
-    mine = (1 / shares)[truth].sum().item()
+    mine = (truth * weights).sum().item()
     return mine * processes()[1] / over_all([mine], device)[0]
