@@ -88,7 +88,11 @@ def settings(pairs, profile, as_json):
 def completion(shell):
     "Prints the script that makes SHELL complete commands, options, settings, pipelines and runs."
     from click.shell_completion import get_completion_class
-    click.echo(get_completion_class(shell)(main, {}, 'skin-lesion', '_SKIN_LESION_COMPLETE').source())
+    script = get_completion_class(shell)(main, {}, 'skin-lesion', '_SKIN_LESION_COMPLETE').source()
+    for spaced, tight in (('COMPREPLY+=($value)', 'COMPREPLY+=($value); [[ $value == *= ]] && compopt -o nospace'),
+                          ('compadd -U', '[[ $completions[1] == *= ]] && local end= || local end=" "; compadd -S "$end" -U')):
+        script = script.replace(spaced, tight)
+    click.echo(script)
 
 # %% ../nbs/90_cli.ipynb #0e85d7e9
 TOPICS = {

@@ -45,40 +45,6 @@ def test_help_and_completion_import_nothing_heavy(project, variables):
     assert len(done.stdout.splitlines()) > 1
 
 
-def complete(project, typed):
-    """What bash would offer behind `typed`, by the script that the command prints."""
-    script = """skin-lesion() { "$PYTHON" -c 'import sys; sys.argv[0] = "skin-lesion"
-from skin_lesion.cli import main; main(prog_name="skin-lesion")' "$@"; }; source <(skin-lesion completion bash)
-COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
-_skin_lesion_completion skin-lesion; printf '%s\\n' "${COMPREPLY[@]}"; complete -p skin-lesion"""
-    done = subprocess.run(
-        ["bash", "-c", script.replace("skin-lesion()", "skin-lesion ()"), "bash", *typed],
-        env=project.env | {"PYTHON": sys.executable}, cwd=project.work, capture_output=True, text=True,
-    )  # fmt: skip
-    *offered, registered = done.stdout.splitlines()
-    assert "_skin_lesion_completion skin-lesion" in registered, done.stderr
-    return offered
-
-
-def test_bash_completes_commands_options_settings_pipelines_and_runs(project):
-    (project.work / "runs/20260301T090000-1a2b").mkdir(parents=True)
-    (project.work / "runs/20260301T090000-1a2b/steps.json").write_text("{}")
-    assert set(complete(project, ["skin-lesion", "co"])) == {"compile", "completion", "cost"}
-    assert complete(project, ["skin-lesion", "run", "tr"]) == ["training"]
-    assert "--resume" in complete(project, ["skin-lesion", "run", "training", "--"])
-    assert complete(project, ["skin-lesion", "run", "training", "--resume", "2026"]) == ["20260301T090000-1a2b"]
-    assert complete(project, ["skin-lesion", "run", "training", "--set", "train.ep"]) == ["train.epochs="]
-    assert complete(project, ["skin-lesion", "completion", "f"]) == ["fish"]
-
-
-@pytest.mark.parametrize(
-    "shell, binds", [("zsh", "compdef _skin_lesion_completion"), ("fish", "complete --no-files --command skin-lesion")]
-)
-def test_the_other_shells_have_a_script_too(shell, binds):
-    done = CliRunner().invoke(main, ["completion", shell])
-    assert done.exit_code == 0 and binds in done.output and f"_SKIN_LESION_COMPLETE={shell}_complete" in done.output
-
-
 def test_the_help_of_a_command_is_no_refusal():
     for words in (["run"], ["data"], ["data", "download"], ["step"]):
         done = CliRunner().invoke(main, [*words, "--help"])
