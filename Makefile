@@ -83,7 +83,7 @@ diagrams: install  ## the pictures in nbs/guides/architecture.md
 	python terraform/diagrams.py
 
 test-infra: install .venv-infra/installed  ## the account: also applies and destroys it on moto, and runs the linters of policies and workflows
-	pytest tests/test_terraform.py tests/test_workflows.py tests/test_supply_chain.py -m 'slow or not slow' --timeout 1800 -s
+	pytest tests/test_terraform.py tests/test_infra_*.py tests/test_workflows.py tests/test_supply_chain.py -m 'slow or not slow' --timeout 1800 -s
 
 .venv-infra/installed:
 	uv venv -q .venv-infra

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import botocore.session
 import pytest
+from infra import TERRAFORM, flattened, init, run
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as the step runner sets it
 # AWS's models of its services are read once, not for each of the many clients
@@ -108,6 +109,40 @@ def finished(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     project.output = done.stdout
     return project
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory):
+    """A copy of what Terraform reads, with the Lambdas' zips, initialised."""
+    if not shutil.which("terraform"):
+        pytest.skip("terraform is not installed")
+    root = tmp_path_factory.mktemp("account")
+    ignore = shutil.ignore_patterns(".terraform*", "build", "*.tfstate*")
+    shutil.copytree(TERRAFORM, root / "terraform", ignore=ignore)
+    shutil.copytree(ROOT / "pipelines", root / "pipelines", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, TERRAFORM / "lambdas" / "build.py", root / "terraform" / "build"], check=True)
+    init(root / "terraform", "-backend=false")
+    return root / "terraform"
+
+
+@pytest.fixture(scope="session")
+def state(staged):
+    """Staging, as `terraform test` made it; the test itself has passed."""
+    done = run("terraform", "test", "-json", "-verbose", cwd=staged)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    problems = [line["@message"] for line in lines if line["@level"] == "error"]
+    assert done.returncode == 0, "\n".join(problems) + done.stderr
+    assert {line["test_run"]["run"] for line in lines if line["type"] == "test_run"} >= {
+        "account",
+        "refuses_bad_values",
+    }
+    return next(line["test_state"] for line in lines if line["type"] == "test_state")
+
+
+@pytest.fixture(scope="session")
+def resources(state):
+    """All its resources."""
+    return [r for r in flattened(state["root_module"]) if r["mode"] == "managed"]
 
 
 # A graph that answers in a moment: the average colours, and the picture itself as maps.

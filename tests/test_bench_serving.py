@@ -20,10 +20,12 @@ import psutil
 import pytest
 import requests
 import torch
+from bodies import BOMB, damaged, raw
 from conftest import ROOT, Served, keep
+from load_clients import Connection, closed_loop, message, open_loop, paced_loop
 from PIL import Image
+from plain_server import EAGER, ONNX, Plain
 from safetensors.torch import save_file
-from test_server import BOMB, damaged, raw
 
 from skin_lesion.data.images import load_square, read_squares
 from skin_lesion.data.sample import write_sample
@@ -68,38 +70,8 @@ for count, turns in ((1, 60), (16, 8)):
 print(json.dumps(found))
 """
 
+
 # Two servers as a user would write them, with the same network and weights.
-PLAIN = """
-import io, json, sys
-import numpy as np
-from fastapi import FastAPI, Request
-from PIL import Image
-{load}
-app = FastAPI()
-
-@app.post("/invocations")
-async def invocations(request: Request):
-    image = Image.open(io.BytesIO(await request.body())).convert("RGB").resize(({size}, {size}), Image.BILINEAR)
-    logits = run(np.asarray(image)[None])
-    e = np.exp(logits - logits.max())
-    return {{"probabilities": (e / e.sum()).ravel().tolist()}}
-"""
-EAGER = """
-import torch
-from safetensors.torch import load_file
-from skin_lesion.training.models import Classifier
-model = Classifier("efficientnet_lite0", {classes}).eval()
-model.net.load_state_dict(load_file("{folder}/model.safetensors"))
-def run(images):
-    with torch.no_grad(): return model(torch.from_numpy(images.copy())).numpy()
-"""
-ONNX = """
-import onnxruntime
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
-def run(images): return session.run(["logits"], {{"images": images}})[0]
-"""
-
-
 @pytest.fixture(scope="module")
 def figures():
     found = {}
@@ -145,109 +117,6 @@ def server(package):
         yield served
 
 
-class Plain:
-    """One of the two afternoon servers, under uvicorn."""
-
-    def __init__(self, folder, name, load, package):
-        load = load.format(folder=package, classes=len(CLASSES))
-        (folder / f"{name}.py").write_text(PLAIN.format(load=load, size=SIZE))
-        command = [
-            sys.executable,
-            "-m",
-            "uvicorn",
-            f"{name}:app",
-            "--port",
-            "0",
-            "--log-level",
-            "info",
-            "--no-access-log",
-        ]
-        self.process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-        for line in self.process.stderr:
-            if "running on" in line:
-                self.address = line.split("http://")[1].split()[0]
-                return
-        raise AssertionError(f"{name} did not start")
-
-
-def message(body, kind="image/jpeg"):
-    head = f"POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-class Connection:
-    """The least that a client can be, so that little of the two cores is the client's."""
-
-    async def open(self, address):
-        host, port = address.split(":")
-        self.reader, self.writer = await asyncio.open_connection(host, int(port))
-        return self
-
-    async def ask(self, sent):
-        """The status, and the seconds that it took."""
-        began = time.perf_counter()
-        self.writer.write(sent)
-        head = await self.reader.readuntil(b"\r\n\r\n")
-        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
-        await self.reader.readexactly(length)
-        return int(head[9:12]), time.perf_counter() - began
-
-
-async def closed_loop(address, messages, clients, count):
-    """Requests a second of clients that ask again when they are answered, and the statuses and seconds."""
-    connections, results = [await Connection().open(address) for _ in range(clients)], []
-    todo = iter(range(count))
-
-    async def client(connection):
-        for k in todo:
-            results.append(await connection.ask(messages[k % len(messages)]))
-
-    began = time.perf_counter()
-    await asyncio.gather(*(client(c) for c in connections))
-    for c in connections:
-        c.writer.close()
-    return count / (time.perf_counter() - began), results
-
-
-async def open_loop(address, messages, rate, seconds, seed=1):
-    """Requests that come at random moments, `rate` a second, whether the server keeps up or not: statuses and seconds."""
-    rng, free, tasks, results = random.Random(seed), [], [], []
-
-    async def one(sent, due):
-        connection = free.pop() if free else await Connection().open(address)
-        status, _ = await connection.ask(sent)
-        results.append((status, time.perf_counter() - due))
-        free.append(connection)
-
-    began = due = time.perf_counter()
-    while due < began + seconds:
-        due += rng.expovariate(rate)
-        await asyncio.sleep(max(0, due - time.perf_counter()))
-        tasks.append(asyncio.ensure_future(one(rng.choice(messages), due)))
-    await asyncio.gather(*tasks)
-    for c in free:
-        c.writer.close()
-    return results
-
-
-async def paced_loop(address, messages, clients, rate, seconds, seed=1):
-    """Requests of clients that each ask at a steady pace of their own, together `rate` a second: statuses and seconds since each was due."""
-    rng, results = random.Random(seed), []
-
-    async def client(connection):
-        due = time.perf_counter() + rng.random() * clients / rate
-        end = due + seconds
-        while due < end:
-            await asyncio.sleep(max(0, due - time.perf_counter()))
-            status, _ = await connection.ask(rng.choice(messages))
-            results.append((status, time.perf_counter() - due))
-            due += clients / rate
-        connection.writer.close()
-
-    await asyncio.gather(*[client(await Connection().open(address)) for _ in range(clients)])
-    return results
-
-
 def percentile(seconds, q):
     return float(np.percentile(seconds, q) * 1000)
 
@@ -257,7 +126,10 @@ def worker_memory(server):
 
 
 def test_latency_of_one_request(server, package, pictures, tmp_path, figures):
-    plain = {name: Plain(tmp_path, name, load, package) for name, load in (("eager", EAGER), ("onnx", ONNX))}
+    plain = {
+        name: Plain(tmp_path, name, load, package, len(CLASSES), SIZE)
+        for name, load in (("eager", EAGER), ("onnx", ONNX))
+    }
     addresses = {"ours": server.address} | {name: p.address for name, p in plain.items()}
     messages, seconds = [message(p) for p in pictures], {name: [] for name in addresses}
     try:

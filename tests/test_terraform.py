@@ -1,33 +1,19 @@
-"""The account of terraform/: formatted and valid, refuses bad values, gives no role more than it needs, and comes up and goes
-again on moto. `terraform test` imitates the provider, so nothing here needs an account or a network."""
+"""The account of terraform/, as `terraform test` makes it with an imitated provider, without an account or a network: valid,
+closed, encrypted, on record, no role with more than it needs, and the same core in CloudFormation."""
 
-import importlib.util
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import boto3
-import pytest
-from cfnlint.api import lint
 from cfnlint.decode import decode as decode_cfn
-from conftest import Served, colours_package
+from infra import ROOT, TERRAFORM, init, listed, loaded, of_type, policies, run
 from moto import mock_aws
 
 from skin_lesion.cloud.compile import compile_pipeline, unsafe_jobs, validate
 from skin_lesion.monitoring.windows import metric_lines
-from skin_lesion.serving.package import pack
 from skin_lesion.settings import load_settings
 
-ROOT = Path(__file__).resolve().parent.parent
-TERRAFORM = ROOT / "terraform"
-TOOLS = ROOT / ".venv-infra" / "bin"  # made by `make test-infra`: checkov needs other versions than sagemaker
-FOLDERS = [TERRAFORM, TERRAFORM / "bootstrap", *sorted(p for p in (TERRAFORM / "modules").iterdir() if p.is_dir())]
+TEMPLATE = TERRAFORM / "cloudformation" / "core.yaml"
 # Actions that change something, for which IAM has no resource: allowed on "*" with a condition, and no others.
 WITHOUT_RESOURCE = {
     "cloudwatch:PutMetricData",
@@ -36,82 +22,6 @@ WITHOUT_RESOURCE = {
     "logs:DeleteLogDelivery",
     "logs:PutResourcePolicy",
 }
-
-
-def run(*words, cwd, timeout=280):
-    env = os.environ | {"TF_IN_AUTOMATION": "1", "CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": os.devnull}
-    return subprocess.run([*map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
-
-
-def init(folder, *words):
-    plugins = os.environ.get("TF_PLUGIN_DIR")
-    done = run("terraform", "init", "-no-color", *words, *([f"-plugin-dir={plugins}"] if plugins else []), cwd=folder)
-    if done.returncode and not plugins:
-        pytest.skip(
-            f"the AWS provider cannot be had here and TF_PLUGIN_DIR names no folder with it: {done.stderr[-300:]}"
-        )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def staged(tmp_path_factory):
-    """A copy of what Terraform reads, with the Lambdas' zips, initialised."""
-    if not shutil.which("terraform"):
-        pytest.skip("terraform is not installed")
-    root = tmp_path_factory.mktemp("account")
-    ignore = shutil.ignore_patterns(".terraform*", "build", "*.tfstate*")
-    shutil.copytree(TERRAFORM, root / "terraform", ignore=ignore)
-    shutil.copytree(ROOT / "pipelines", root / "pipelines", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, TERRAFORM / "lambdas" / "build.py", root / "terraform" / "build"], check=True)
-    init(root / "terraform", "-backend=false")
-    return root / "terraform"
-
-
-def flattened(module):
-    yield from module.get("resources", [])
-    for child in module.get("child_modules", []):
-        yield from flattened(child)
-
-
-@pytest.fixture(scope="module")
-def state(staged):
-    """Staging, as `terraform test` made it; the test itself has passed."""
-    done = run("terraform", "test", "-json", "-verbose", cwd=staged)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    problems = [line["@message"] for line in lines if line["@level"] == "error"]
-    assert done.returncode == 0, "\n".join(problems) + done.stderr
-    assert {line["test_run"]["run"] for line in lines if line["type"] == "test_run"} >= {
-        "account",
-        "refuses_bad_values",
-    }
-    return next(line["test_state"] for line in lines if line["type"] == "test_state")
-
-
-@pytest.fixture(scope="module")
-def resources(state):
-    """All its resources."""
-    return [r for r in flattened(state["root_module"]) if r["mode"] == "managed"]
-
-
-def loaded(path):
-    """A Python file outside of the package, as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def of_type(resources, kind):
-    return {r["address"]: r["values"] for r in resources if r["type"] == kind}
-
-
-def policies(resources):
-    """Address to the statements of every policy of a role."""
-    return {a: json.loads(v["policy"])["Statement"] for a, v in of_type(resources, "aws_iam_role_policy").items()}
-
-
-def listed(value):
-    return [value] if isinstance(value, str) else value
 
 
 def too_much(statements):
@@ -138,24 +48,6 @@ def test_formatted_and_valid(staged):
     init(staged / "bootstrap", "-backend=false")
     done = run("terraform", "validate", "-no-color", cwd=staged / "bootstrap")
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
-def test_a_module_is_complete_and_each_variable_described_and_validated(folder):
-    for name in ("main.tf", "variables.tf", "outputs.tf", "versions.tf", "README.md"):
-        assert (folder / name).is_file(), f"{folder.name} has no {name}"
-    text = (folder / "variables.tf").read_text()
-    blocks = re.findall(r'^variable "(\w+)" \{\n(.*?)^\}', text, flags=re.M | re.S)
-    assert len(blocks) == text.count('variable "') > 0
-    for name, body in blocks:
-        for part in ("description", "type ", "validation {", "error_message"):
-            assert part in body, f"{folder.name}: variable {name} has no {part}"
-    outputs = (folder / "outputs.tf").read_text()
-    for name, body in re.findall(r'^output "(\w+)" \{\n(.*?)^\}', outputs, flags=re.M | re.S):
-        assert "description" in body, f"{folder.name}: output {name} has no description"
-    if folder.parent.name == "modules":
-        readme = loaded(TERRAFORM / "readme.py")
-        assert (folder / "README.md").read_text() == readme.rendered(folder), "run make infra-readme"
 
 
 def test_no_role_may_more_than_it_needs(resources):
@@ -413,13 +305,6 @@ def test_the_figures_of_a_monitoring_run_are_published_for_the_alarms(resources,
 
 # ---- the core for accounts without Terraform
 
-TEMPLATE = TERRAFORM / "cloudformation" / "core.yaml"
-
-
-def test_the_template_is_clean():
-    problems = [str(match) for match in lint(TEMPLATE.read_text(), regions=["eu-west-1"])]
-    assert problems == []
-
 
 def of_template(kind):
     """Logical name to properties, the template's functions as {"Fn::Sub": text} and the like."""
@@ -490,221 +375,3 @@ def test_the_template_has_the_same_core_as_terraform(resources):
     (target,) = of_template("AWS::ApplicationAutoScaling::ScalableTarget").values()
     (same,) = of_type(resources, "aws_appautoscaling_target").values()
     assert target["ScalableDimension"] == same["scalable_dimension"] and target["MinCapacity"] == same["min_capacity"]
-
-
-# ---- slow
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-SERVICES = (
-    "apigatewayv2 appautoscaling budgets cloudtrail cloudwatch ec2 ecr events iam kms lambda logs s3 sagemaker "
-    "scheduler sfn sns sqs sts"
-).split()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model's folder, and a real server of it."""
-    folder = colours_package(tmp_path_factory.mktemp("colours") / "package")
-    (folder / "evaluation.json").write_text("{}")
-    with Served(folder) as served:
-        yield folder, served.url
-
-
-@pytest.fixture
-def moto(model):
-    """A moto server on loopback, whose endpoints answer as the model does; gives its address."""
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("moto_account.py"), str(port), model[1]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert "listens" in server.stdout.readline()
-    yield f"http://127.0.0.1:{port}"
-    server.kill()
-    server.wait()
-
-
-def on_moto(folder, url):
-    """Points the provider of a copy of terraform/ to moto, and keeps the state beside it."""
-    endpoints = "\n".join(f'    {service} = "{url}"' for service in SERVICES)
-    (folder / "moto_override.tf").write_text(
-        f"""terraform {{
-  backend "local" {{}}
-}}
-provider "aws" {{
-  access_key                  = "x"
-  secret_key                  = "x"
-  skip_credentials_validation = true
-  skip_metadata_api_check     = true
-  s3_use_path_style           = true
-  max_retries                 = 3
-  endpoints {{
-{endpoints}
-  }}
-}}
-"""
-    )
-
-
-def left(url):
-    """What is in the account, beyond what moto itself puts there."""
-    client = lambda service: boto3.client(
-        service, region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
-    )
-    sagemaker, ec2 = client("sagemaker"), client("ec2")
-    scaled = client("application-autoscaling").describe_scalable_targets(ServiceNamespace="sagemaker")
-    return {
-        "buckets": [b["Name"] for b in client("s3").list_buckets()["Buckets"]],
-        "roles": [r["RoleName"] for r in client("iam").list_roles()["Roles"]],
-        "networks": [v["VpcId"] for v in ec2.describe_vpcs()["Vpcs"] if not v["IsDefault"]],
-        "endpoints": [
-            e["VpcEndpointId"] for e in ec2.describe_vpc_endpoints()["VpcEndpoints"] if e["State"] != "deleted"
-        ],
-        "repositories": [r["repositoryName"] for r in client("ecr").describe_repositories()["repositories"]],
-        "logs": [g["logGroupName"] for g in client("logs").describe_log_groups()["logGroups"]],
-        "alarms": [a["AlarmName"] for a in client("cloudwatch").describe_alarms()["MetricAlarms"]],
-        "topics": [t["TopicArn"] for t in client("sns").list_topics()["Topics"]],
-        "queues": client("sqs").list_queues().get("QueueUrls", []),
-        "functions": [f["FunctionName"] for f in client("lambda").list_functions()["Functions"]],
-        "machines": [m["name"] for m in client("stepfunctions").list_state_machines()["stateMachines"]],
-        "rules": [r["Name"] for r in client("events").list_rules()["Rules"]],
-        "schedules": [s["Name"] for s in client("scheduler").list_schedules()["Schedules"]],
-        "pipelines": [p["PipelineName"] for p in sagemaker.list_pipelines()["PipelineSummaries"]],
-        "domains": [d["DomainId"] for d in sagemaker.list_domains()["Domains"]],
-        "served": [e["EndpointName"] for e in sagemaker.list_endpoints()["Endpoints"]],
-        "served by": [c["EndpointConfigName"] for c in sagemaker.list_endpoint_configs()["EndpointConfigs"]],
-        "models": [m["ModelName"] for m in sagemaker.list_models()["Models"]],
-        "scaled": scaled["ScalableTargets"],
-        "groups": sagemaker.list_model_package_groups()["ModelPackageGroupSummaryList"],
-    }
-
-
-def the_doctor_finds_all_of_it(url, settings, folder):
-    """`skin-lesion doctor` in a folder with the settings of Terraform's output, once the images are pushed."""
-    (folder / "settings.ini").write_text(settings)
-    env = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url}
-    words = [sys.executable, "-c", "from skin_lesion.cli import main; main()", "doctor", "--json"]
-    look = lambda *more: subprocess.run(
-        [*words, *more], cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    done = look("--before-deploy")  # of the workflow: the images are not there
-    assert done.returncode == 0, done.stdout
-    ecr = boto3.client(
-        "ecr", region_name="eu-west-1", endpoint_url=url, aws_access_key_id="x", aws_secret_access_key="x"
-    )
-    for name in ("steps", "serve"):
-        manifest = json.dumps({"mediaType": "application/vnd.oci.image.manifest.v1+json", "of": name})
-        ecr.put_image(repositoryName=f"skin-lesion-{name}", imageManifest=manifest, imageTag="unset")
-    done = look()
-    lines = json.loads(done.stdout)
-    assert done.returncode == 0, done.stdout
-    assert {f"pipeline skin-lesion-{name}" for name in ("training", "deploy", "notebook-jobs")} <= {
-        line["name"] for line in lines
-    }
-
-
-def a_run_and_a_deployment_work_there_and_teardown_takes_the_endpoint_away(url, folder, package):
-    """With the settings of Terraform's output, by the commands that a person gives."""
-    env = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url}
-    program = [sys.executable, "-c", "from skin_lesion.cli import main; main()"]
-
-    def command(*words):
-        done = subprocess.run(
-            [*program, *words], cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    ran = command("run", "training", "--on", "sagemaker")
-    assert "was started as execution" in ran and "Succeeded" in ran.splitlines()[-1]
-    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x"}
-    client = lambda service: boto3.client(service, region_name="eu-west-1", endpoint_url=url, **keys)
-    bucket = re.search("^bucket = (.*)$", (folder / "settings.ini").read_text(), re.M)[1]
-    client("s3").upload_file(str(pack(package, folder / "model.tar.gz")), bucket, "runs/1/model.tar.gz")
-    address = f"s3://{bucket}/runs/1/model.tar.gz"
-    client("sagemaker").create_model_package(
-        ModelPackageGroupName="skin-lesion",
-        ModelApprovalStatus="Approved",
-        InferenceSpecification={
-            "Containers": [{"Image": "steps", "ModelDataUrl": address}],
-            "SupportedContentTypes": ["image/jpeg"],
-            "SupportedResponseMIMETypes": ["application/json"],
-        },
-    )
-    said = command("deploy", "--on", "sagemaker", "--all")
-    assert said.count(" is there") == 2 and said.count(" is as compiled") == 7, said  # Terraform's, and no other
-    assert "answers with version 1" in said.splitlines()[-1]
-    there = left(url)
-    (target,) = there["scaled"]
-    assert there["served"] == ["skin-lesion"] and (target["MinCapacity"], target["MaxCapacity"]) == (1, 5)
-    scaling = client("application-autoscaling").describe_scaling_policies(ServiceNamespace="sagemaker")
-    assert [p["PolicyName"] for p in scaling["ScalingPolicies"]] == ["skin-lesion-load"]
-    command("teardown", "--on", "sagemaker")
-    there = left(url)
-    assert not (there["served"] or there["served by"] or there["models"] or there["scaled"])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
-def test_an_account_comes_up_and_goes_again_without_a_rest(staged, model, moto, tmp_path, environment):
-    root = tmp_path / "account"
-    shutil.copytree(staged.parent, root, ignore=shutil.ignore_patterns(".terraform*"))
-    folder = root / "terraform"
-    on_moto(folder, moto)
-    init(folder)
-    # without force_destroy, which only dev has, destroy rightly stops at the bucket of access logs
-    variables = (f"-var-file=environments/{environment}.tfvars", "-var=force_destroy=true")
-    words = ("-no-color", "-auto-approve", "-input=false", *variables)
-    began = time.monotonic()
-    done = run("terraform", "apply", *words, cwd=folder, timeout=900)
-    assert done.returncode == 0, done.stderr
-    there = left(moto)
-    assert len(there["buckets"]) == 6 and "skin-lesion-training" in there["pipelines"] and there["alarms"]
-    said = run("terraform", "output", "-raw", "settings", cwd=folder).stdout
-    assert "role_arn = arn:aws:iam::123456789012:role/skin-lesion-pipeline" in said
-    if environment == "dev":
-        the_doctor_finds_all_of_it(moto, said, tmp_path)
-        a_run_and_a_deployment_work_there_and_teardown_takes_the_endpoint_away(moto, tmp_path, model[0])
-    done = run("terraform", "destroy", *words, cwd=folder, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert {kind: names for kind, names in left(moto).items() if names} == {}
-    print(f"\n{environment}: applied and destroyed in {time.monotonic() - began:.0f} s")
-
-
-def tool(name):
-    if not (TOOLS / name).exists():
-        pytest.skip(f"{name} is not there: make test-infra installs it into .venv-infra")
-    return TOOLS / name
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_checkov_has_nothing_to_say_that_no_reason_answers():
-    words = ("-d", TERRAFORM, "--framework", "terraform", "cloudformation", "--compact", "-o", "json")
-    done = run(tool("checkov"), *words, "--skip-download", cwd=ROOT, timeout=800)
-    reports = json.loads(done.stdout)
-    reports = reports if isinstance(reports, list) else [reports]
-    failed = [f"{c['check_id']} {c['resource']}" for r in reports for c in r["results"]["failed_checks"]]
-    assert failed == [] and sum(r["summary"]["passed"] for r in reports) > 150
-    skipped = [c for r in reports for c in r["results"]["skipped_checks"]]
-    assert all(len(c["check_result"]["suppress_comment"].split()) >= 4 for c in skipped)
-
-
-@pytest.mark.slow
-def test_parliament_knows_every_action_and_resource(resources):
-    program, found = tool("parliament"), {}
-    for address, statements in policies(resources).items():
-        text = json.dumps({"Version": "2012-10-17", "Statement": statements})
-        done = subprocess.run([program], input=text, capture_output=True, text=True)
-        if done.returncode or done.stdout.strip():
-            found[address] = done.stdout + done.stderr
-    assert found == {}

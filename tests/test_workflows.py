@@ -40,7 +40,7 @@ def test_production_waits_for_the_smoke_test_and_for_a_person():
 
 @pytest.mark.parametrize("job", ["staging", "production"])
 def test_a_deployment_is_the_command_with_the_settings_of_terraform_and_this_commit(job, tmp_path):
-    """The steps between checkout and install are run here for real; the account's side is in test_terraform.py."""
+    """The steps between checkout and install are run here for real; the account's side is in test_infra_moto.py."""
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text())["jobs"][job]["steps"]
     commands = [step["run"] for step in steps if "run" in step]
     program = "../.venv/bin/skin-lesion "
