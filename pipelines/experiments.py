@@ -2,13 +2,12 @@
 
 import re
 
-from sagemaker.core.workflow.functions import Join
 from sagemaker.core.workflow.parameters import ParameterString
 from sagemaker.mlops.workflow.pipeline import Pipeline
 
-from .training import output, wiring
+from .training import wiring
 
-MAX_INPUTS = 10  # of a Processing job, by SageMaker's limit; `compare` takes one a network
+MAX_NETWORKS = 16  # three steps each, beside `prepare` and `compare`: SageMaker takes 50 steps
 
 
 def step_suffix(architecture):
@@ -22,25 +21,35 @@ def build(settings) -> Pipeline:
     listed = settings["experiments.architectures"].value
     architectures = [name.strip() for name in listed.split(",") if name.strip()]
     names = {step_suffix(architecture): architecture for architecture in architectures}
-    if not architectures or len(names) < len(architectures) or len(names) > MAX_INPUTS:
+    if not architectures or len(names) < len(architectures) or len(names) > MAX_NETWORKS:
         raise ValueError(
-            f"experiments.architectures = {listed!r} must name 1 to {MAX_INPUTS} architectures, each once, with a comma "
-            f"between two. A Processing job takes {MAX_INPUTS} inputs: compare more in two runs."
+            f"experiments.architectures = {listed!r} must name 1 to {MAX_NETWORKS} architectures, each once, with a comma "
+            "between two. A pipeline of SageMaker has 50 steps at most: compare more in two runs."
         )
     wired = wiring(settings)
     parameter = {name: p for name, p in wired.parameter.items() if name != "train.architecture"}
     list_parameter = ParameterString("ExperimentsArchitectures", listed, enum_values=[listed])
 
     *decode, prepare = wired.prepare()
-    steps, packages = [*decode, prepare], {}
+    # A Processing job takes ten inputs, so all packages lie in one folder of the execution, which is one input. What an
+    # earlier execution has packed lies in that one's folder: packing, which takes seconds, is never taken from a cache.
+    steps, packages = [*decode, prepare], []
     for suffix, architecture in names.items():
         train = wired.train(prepare, f"train-{suffix}", architecture=architecture)
         model = train.properties.ModelArtifacts.S3ModelArtifacts
         evaluate = wired.evaluate(prepare, model, f"evaluate-{suffix}")
-        package = wired.package(model, evaluate, f"package-{suffix}")
-        packages[suffix] = Join("/", [output(package, "package"), "model.tar.gz"])
+        place = {"package": wired.run_uri("packages", suffix)}
+        package = wired.package(model, evaluate, f"package-{suffix}", places=place, cache_config=None)
+        packages.append(package)
         steps += [train, evaluate, package]
-    compare = wired.processing("compare", packages, ["experiments"], {"architectures": list_parameter}, hours=1)
+    compare = wired.processing(
+        "compare",
+        {"packages": wired.run_uri("packages")},
+        ["experiments"],
+        {"architectures": list_parameter},
+        hours=1,
+        depends_on=packages,
+    )
 
     return Pipeline(
         name="skin-lesion-experiments",

@@ -136,8 +136,11 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
         instances=1,
         isolated=True,
         environment=None,
+        places=None,
         **options,
     ):
+        """A step; `places` has the address of an output that does not lie in the folder of the step."""
+        places = places or {}
         processor = Processor(
             role=role,
             image_uri=image,
@@ -171,7 +174,7 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
                 ProcessingOutput(
                     output_name=channel,
                     s3_output=ProcessingS3Output(
-                        s3_uri=run_uri(name, channel),
+                        s3_uri=places.get(channel) or run_uri(name, channel),
                         local_path=f"{folder}/output/{channel}",
                         s3_upload_mode="EndOfJob",
                     ),
@@ -257,7 +260,7 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
             notebook="evaluate",
         )
 
-    def package(model, evaluate, name="register"):
+    def package(model, evaluate, name="register", **options):
         return processing(
             name,
             {"model": model, "evaluation": output(evaluate, "evaluation")},
@@ -265,6 +268,7 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
             {},
             hours=1,
             notebook="register",
+            **options,
         )
 
     return SimpleNamespace(
@@ -282,6 +286,7 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
             training_instance,
         ],
         image=image,
+        run_uri=run_uri,
         champion=champion_data,
         captures=captures,
         role=role,

@@ -624,6 +624,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'skin_lesion/data/shards.py'),
                                          'skin_lesion.data.shards._write_part': ( 'data/shards.html#_write_part',
                                                                                   'skin_lesion/data/shards.py'),
+                                         'skin_lesion.data.shards.bytes_of': ('data/shards.html#bytes_of', 'skin_lesion/data/shards.py'),
                                          'skin_lesion.data.shards.check_space': ( 'data/shards.html#check_space',
                                                                                   'skin_lesion/data/shards.py'),
                                          'skin_lesion.data.shards.decode_part': ( 'data/shards.html#decode_part',

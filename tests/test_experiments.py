@@ -9,11 +9,12 @@ import sys
 import pandas as pd
 import pytest
 
-from skin_lesion.cloud.compile import compile_pipeline
+from skin_lesion.cloud.compile import compile_pipeline, unsafe_jobs, validate
 from skin_lesion.execution.definition import plan
 from skin_lesion.execution.local import definition_for, load_definition, run_parameters
 from skin_lesion.serving.package import pack, unpack
 from skin_lesion.settings import load_settings
+from skin_lesion.training.models import ARCHITECTURES
 
 
 def trained(definition):
@@ -37,9 +38,23 @@ def test_another_list_is_compiled_and_every_step_has_its_network(tmp_path):
         plan(committed, {"ExperimentsArchitectures": "mobilenetv2, resnet18.a1_in1k"})
 
 
-@pytest.mark.parametrize("listed", ["", "a,a", "a_b,a.b", ",".join(f"n{i}" for i in range(11))])
+def test_all_named_architectures_are_one_pipeline_within_the_limits_of_sagemaker():
+    listed = ",".join(ARCHITECTURES)
+    definition = json.loads(
+        compile_pipeline("experiments", load_settings({"experiments.architectures": listed}, environ={}))
+    )
+    assert list(trained(definition).values()) == list(ARCHITECTURES) and len(ARCHITECTURES) > 11
+    assert unsafe_jobs(definition) == [] and validate(definition) == [] and len(definition["Steps"]) <= 50
+    *_, package, compare = definition["Steps"]
+    [packages] = compare["Arguments"]["ProcessingInputs"]
+    place = package["Arguments"]["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3Uri"]["Std:Join"]["Values"]
+    assert packages["S3Input"]["S3Uri"]["Std:Join"]["Values"] == place[:-1], "the folder of all packages"
+    assert "CacheConfig" not in package and len(compare["DependsOn"]) == len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("listed", ["", "a,a", "a_b,a.b", ",".join(f"n{i}" for i in range(17))])
 def test_a_list_that_makes_no_steps_of_its_own_is_refused(listed):
-    with pytest.raises(ValueError, match="experiments.architectures = .* must name 1 to 10 architectures, each once"):
+    with pytest.raises(ValueError, match="experiments.architectures = .* must name 1 to 16 architectures, each once"):
         compile_pipeline("experiments", load_settings({"experiments.architectures": listed}, environ={}))
 
 
@@ -64,7 +79,7 @@ def compare(project, root, architectures):
 def test_the_table_names_what_each_package_reaches_and_costs(finished, tmp_path):
     """Two packages of one run; the second says that it is another network, and one picture's worth smaller."""
     package = finished.work / "runs/latest/model.tar.gz"
-    inputs = tmp_path / "root/processing/input"
+    inputs = tmp_path / "root/processing/input/packages"
     (inputs / "first").mkdir(parents=True)
     shutil.copy(package, inputs / "first" / "model.tar.gz")
     folder = unpack(package, tmp_path / "second")
@@ -112,5 +127,6 @@ def test_the_pipeline_trains_two_networks_on_one_split_and_compares_them(project
     again = project.cli(*words)
     assert again.returncode == 0, again.stderr[-2000:]
     steps = json.loads((run.parent / "latest/steps.json").read_text())["PipelineExecutionSteps"]
-    assert all("CacheHitResult" in s for s in steps) and len(steps) == 8
+    packed = {s["StepName"] for s in steps if "CacheHitResult" not in s}
+    assert packed == {"package-mobilenetv2-035", "package-mobilenetv3-small-050"} and len(steps) == 8
     assert (run.parent / "latest/experiments.csv").exists()

@@ -24,8 +24,8 @@ from .duplicates import SIDE, fingerprint
 from .images import ImageError, load_square
 
 # %% auto #0
-__all__ = ['CHUNK', 'TABLES', 'SHARD', 'ROWS', 'MANIFEST', 'check_space', 'save_whole', 'Packed', 'decode_part', 'Decoded',
-           'decoded_before', 'pack_images', 'drop_unreadable', 'write_shards', 'Shards']
+__all__ = ['CHUNK', 'TABLES', 'SHARD', 'ROWS', 'MANIFEST', 'check_space', 'save_whole', 'bytes_of', 'Packed', 'decode_part',
+           'Decoded', 'decoded_before', 'pack_images', 'drop_unreadable', 'write_shards', 'Shards']
 
 # %% ../../nbs/data/06_shards.ipynb #4cb737e7
 def check_space(
@@ -54,6 +54,17 @@ def save_whole(
         raise OSError(e.errno, f'{path} could not be written ({e.strerror or e}): {needed/1e6:,.1f} MB are needed and '
                                f'{free/1e6:,.1f} MB are free; free some space and start again') from e
     finally: part.unlink(missing_ok=True)
+
+
+def bytes_of(
+    count: int,  # images
+    size: int,  # pixels, the side of the squares
+) -> int:
+    "What packed squares take. Raises `ValueError` for a size that is none."
+    if size < 1:
+        raise ValueError(f'data.image_size = {size} must be the side of the squares in pixels, e.g. 224. 0, the own size of an architecture, '
+                         'is looked up by `skin-lesion run` before the pipeline starts; the parameter DataImageSize takes pixels only.')
+    return count*size*size*3
 
 # %% ../../nbs/data/06_shards.ipynb #a53282e1
 CHUNK = 512  # images decoded together; at 128 pixels 25 MB
@@ -136,7 +147,7 @@ def decode_part(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(table, target)
     paths, rows = image_paths(raw), []
-    check_space(out, len(paths)*size*size*3)
+    check_space(out, bytes_of(len(paths), size))
     with ThreadPoolExecutor() as threads, tqdm(total=len(paths), unit='image', desc='decode', disable=None) as bar:
         for n, start in enumerate(range(0, len(paths), CHUNK)):
             these, file = paths[start:start + CHUNK], out/f'{host}-{n:05}.npy'
@@ -198,7 +209,7 @@ def pack_images(
     chunks = [work/f'chunk-{n:05}.npy' for n in range(len(starts))]
     work.mkdir(parents=True, exist_ok=True)
     there = sum(c.stat().st_size for c in chunks if c.exists())
-    check_space(work, len(ids)*size*size*3 - there)
+    check_space(work, bytes_of(len(ids), size) - there)
     unreadable, began = {}, time.monotonic()
     with open(work/'fingerprints.part', 'wb') as prints, ThreadPoolExecutor() as threads, tqdm(total=len(ids), unit='image', desc='decode', disable=None) as bar:
         for start, chunk in zip(starts, chunks):

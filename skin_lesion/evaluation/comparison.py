@@ -19,8 +19,8 @@ from .metrics import show_interval
 from ..training.models import Classifier
 
 # %% auto #0
-__all__ = ['MEASURES', 'INTERVALS', 'network_cost', 'latencies', 'check_same_pictures', 'comparison_row', 'comparison_table',
-           'comparison_columns', 'cost_quality_figure']
+__all__ = ['MEASURES', 'INTERVALS', 'WITH_ENDS', 'network_cost', 'latencies', 'check_same_pictures', 'comparison_row',
+           'comparison_table', 'comparison_columns', 'cost_quality_figure']
 
 # %% ../../nbs/evaluation/08_comparison.ipynb #5e1c870b
 def network_cost(
@@ -63,9 +63,10 @@ def check_same_pictures(
 
 # %% ../../nbs/evaluation/08_comparison.ipynb #431c702f
 MEASURES = {  # key in experiments.json: heading
-    'balanced_accuracy': 'balanced accuracy', 'melanoma_sensitivity': 'melanoma sensitivity', 'ece': 'ECE', 'parameters_m': 'parameters, M',
+    'balanced_accuracy': 'balanced accuracy', 'cross_validated': 'balanced accuracy on folds', 'melanoma_sensitivity': 'melanoma sensitivity', 'ece': 'ECE', 'parameters_m': 'parameters, M',
     'gflops': 'GFLOPs', 'train_images_per_second': 'training images/s', 'latency_ms': 'CPU latency p50, ms', 'package_mb': 'package, MB'}
 INTERVALS = ('balanced_accuracy', 'melanoma_sensitivity', 'ece')
+WITH_ENDS = (*INTERVALS, 'cross_validated')
 
 
 def comparison_row(
@@ -74,11 +75,12 @@ def comparison_row(
     history: pd.DataFrame,  # history.csv, a row an epoch
     taken: np.ndarray,      # (rounds,), milliseconds, of `latencies`
     package_bytes: int,
-) -> dict:                  # the architecture, and a value for each of `MEASURES`
+) -> dict:                  # the architecture, and a value for each of `MEASURES`; `cross_validated` only after `train.folds`
     "What one network reaches and costs."
     cost = network_cost(model['architecture'], len(model['classes']), model['image_size'])
     cost['gflops'] *= model.get('views', 1)   # each is a pass through the network
-    return {'architecture': model['architecture'], 'image_size': model['image_size']} | {k: evaluation[k] for k in INTERVALS} | cost | {
+    folds = {'cross_validated': model['cross_validated']['balanced_accuracy']} if model.get('cross_validated') else {}
+    return {'architecture': model['architecture'], 'image_size': model['image_size']} | {k: evaluation[k] for k in INTERVALS} | folds | cost | {
         'train_images_per_second': float(history.images_per_second.median()), 'latency_ms': float(np.median(taken)), 'package_mb': package_bytes / 1e6}
 
 # %% ../../nbs/evaluation/08_comparison.ipynb #8ee17806
@@ -86,15 +88,15 @@ def comparison_table(
     rows: list[dict],  # of `comparison_row`
 ) -> pd.DataFrame:
     "The table to read."
-    show = lambda key, value: show_interval(value) if key in INTERVALS else f'{value:.3g}' if value < 100 else f'{value:,.0f}'
-    return pd.DataFrame({row['architecture']: {title: show(key, row[key]) for key, title in MEASURES.items()} for row in rows}).T
+    show = lambda key, value: show_interval(value) if key in WITH_ENDS else f'{value:.3g}' if value < 100 else f'{value:,.0f}'
+    return pd.DataFrame({row['architecture']: {title: show(key, row[key]) for key, title in MEASURES.items() if key in row} for row in rows}).T
 
 
 def comparison_columns(
     rows: list[dict],  # of `comparison_row`
 ) -> pd.DataFrame:
     "The table to compute with: `balanced_accuracy`, `balanced_accuracy_low`, `balanced_accuracy_high` …"
-    ends = lambda key, x: {key: x['value'], f'{key}_low': x['low'], f'{key}_high': x['high']} if key in INTERVALS else {key: x}
+    ends = lambda key, x: {key: x['value'], f'{key}_low': x['low'], f'{key}_high': x['high']} if key in WITH_ENDS else {key: x}
     return pd.DataFrame([{name: value for key, x in row.items() for name, value in ends(key, x).items()} for row in rows])
 
 # %% ../../nbs/evaluation/08_comparison.ipynb #74a83844
