@@ -139,8 +139,6 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
         places=None,
         **options,
     ):
-        """A step; `places` has the address of an output that does not lie in the folder of the step."""
-        places = places or {}
         processor = Processor(
             role=role,
             image_uri=image,
@@ -174,7 +172,7 @@ def wiring(settings, role="role_arn") -> SimpleNamespace:
                 ProcessingOutput(
                     output_name=channel,
                     s3_output=ProcessingS3Output(
-                        s3_uri=places.get(channel) or run_uri(name, channel),
+                        s3_uri=(places or {}).get(channel) or run_uri(name, channel),
                         local_path=f"{folder}/output/{channel}",
                         s3_upload_mode="EndOfJob",
                     ),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -22,15 +23,19 @@ from skin_lesion.exits import EXIT_CODES, FAILED, INTERRUPTED, REFUSED
 HEAVY = ("torch", "sagemaker", "pandas", "numpy", "boto3", "papermill")
 
 
-def test_help_takes_less_than_a_tenth_of_a_second(project):
-    seconds = []
-    for _ in range(5):  # of the processor, so that other processes do not count
+def test_help_costs_little_beside_the_import_of_click(project):
+    def seconds(*words):  # of the processor, so that other processes do not count
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = project.cli("--help")
+        done = subprocess.run(words, env=project.env, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0 and "skin-lesion run training" in done.stdout
-    assert min(seconds) < 0.1, seconds
+        assert done.returncode == 0, done.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+    command = Path(sys.executable).with_name("skin-lesion")
+    both = [(seconds(sys.executable, "-c", "import click")[0], seconds(command, "--help")) for _ in range(5)]
+    assert all("skin-lesion run training" in text for _, (_, text) in both)
+    # measured 1.9 to 2.2; torch alone would make it 20
+    assert min(mine for _, (mine, _) in both) < 3 * min(click for click, _ in both), both
 
 
 @pytest.mark.parametrize("variables", [{}, {"_SKIN_LESION_COMPLETE": "bash_complete", "COMP_CWORD": "3"}])

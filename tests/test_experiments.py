@@ -38,6 +38,7 @@ def test_another_list_is_compiled_and_every_step_has_its_network(tmp_path):
         plan(committed, {"ExperimentsArchitectures": "mobilenetv2, resnet18.a1_in1k"})
 
 
+@pytest.mark.slow
 def test_all_named_architectures_are_one_pipeline_within_the_limits_of_sagemaker():
     listed = ",".join(ARCHITECTURES)
     definition = json.loads(
