@@ -29,12 +29,15 @@ notebooks: install  ## executes every notebook; 40_register runs the three steps
 bench: install  ## the long checks, and the figures under bench/
 	pytest -m slow --timeout 5400 -s
 
-TRAINING = bench_training bench_recipe bench_scale bench_unknown combine distributed experiments search machine prepare_memory training
+TRAINING = bench_training bench_scale bench_unknown combine distributed experiments search machine prepare_memory training
 bench-training: install  ## the input pipeline beside timm's loader, and on a GPU beside synthetic batches; data, search and training at full size; figures under bench/
 	pytest $(TRAINING:%=tests/test_%.py) tests/test_bench.py -k 'not engine and not imbalance' -m slow --timeout 5400 -s
 
 bench-quality: install  ## five folds, their average and the network that they teach on HAM10000, from nothing but the data: PROFILE=full on a GPU
 	pytest tests/test_bench_quality.py -m slow --timeout 86400 -s
+
+bench-recipe: install  ## what each knob of the training recipe does in a short training on HAM10000, 45 minutes on two cores; figures under bench/
+	pytest tests/test_bench_recipe.py -m slow --timeout 10800 -s
 
 bench-monitoring: install  ## false alarms and power of the drift alarm on real pictures, beside Evidently; figures under bench/
 	test -x .venv-evidently/bin/python || ( uv venv -q .venv-evidently && VIRTUAL_ENV=.venv-evidently uv pip install -q evidently==0.7.23 'pandas<3' )
@@ -113,5 +116,5 @@ lock:  ## requirements.lock from pyproject.toml; what it holds already stays as 
 upgrade: install  ## requirements.lock with the newest versions of everything
 	$(COMPILE) --upgrade
 
-.PHONY: help install run test notebooks docs lab bench bench-training bench-monitoring lint definitions readme hooks lock upgrade bench-serving bench-quality image-test lambdas studio infra-readme test-infra diagrams sbom audit leaks
+.PHONY: help install run test notebooks docs lab bench bench-training bench-monitoring lint definitions readme hooks lock upgrade bench-serving bench-quality bench-recipe image-test lambdas studio infra-readme test-infra diagrams sbom audit leaks
 .DEFAULT_GOAL := help

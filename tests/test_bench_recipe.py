@@ -1,4 +1,4 @@
-"""What each knob of the training recipe does in a short training on HAM10000; `make bench-training` keeps it in bench/recipe.json."""
+"""What each knob of the training recipe does in a short training on HAM10000; `make bench-recipe` keeps it in bench/recipe.json."""
 
 import numpy as np
 import pytest
