@@ -26,7 +26,7 @@ from nbconvert.filters import Highlight2HTML
 from nbdev.config import nbpath2html
 
 from skin_lesion.cli import main
-from skin_lesion.execution.pages import NOTEBOOK_STYLE, STYLE
+from skin_lesion.execution.pages import NOTEBOOK_STYLE, STYLE, scrollable
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE, NBS = ROOT / "docs", ROOT / "nbs"
@@ -48,7 +48,7 @@ PAGE = """<!doctype html>
 <header><button popovertarget="site-contents">Contents</button><a href="{root}index.html">skin_lesion</a>
 <input id="site-search" type="search" placeholder="Search" title="/ leads here" aria-label="Search" autocomplete="off"></header>
 <div id="layout"><nav id="site-contents" popover aria-label="Contents"><ul>{contents}</ul></nav>
-<main id="site-page">{body}<nav class="ways" aria-label="Before and after">{ways}</nav></main><section id="site-results" aria-label="Search results" hidden></section></div>
+<main><div id="site-page">{body}<nav class="ways" aria-label="Before and after">{ways}</nav></div><section id="site-results" aria-label="Search results" hidden></section></main></div>
 </body></html>
 """
 
@@ -228,7 +228,7 @@ def build(site: Path) -> None:
     for at, path in enumerate(paths):
         book, title, own = made[path]
         body, _ = exporter.from_notebook_node(book)
-        body = relinked(body, path, site, pages)
+        body = relinked(scrollable(body), path, site, pages)
 
         def placed(found, own=own, where=pages[path]):
             to = anchor(unquote(html.unescape(found[2])))

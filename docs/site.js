@@ -1,5 +1,5 @@
 // Search over INDEX of search.js, which is loaded when somebody searches: [title, page, address, text, is it a public name].
-const field = document.querySelector('#site-search'), results = document.querySelector('#site-results'), main = document.querySelector('main')
+const field = document.querySelector('#site-search'), results = document.querySelector('#site-results'), text = document.querySelector('#site-page')
 const root = document.documentElement.dataset.root
 
 function load() {
@@ -39,7 +39,7 @@ function snippet(text, words) {
 
 async function show() {
   const query = field.value.trim()
-  results.hidden = !query; main.hidden = !!query
+  results.hidden = !query; text.hidden = !!query
   if (!query) return
   await load()
   if (field.value.trim() !== query) return
@@ -50,10 +50,11 @@ async function show() {
     link.onclick = () => { field.value = ''; show() }
     item.append(link, page === title ? '' : ` ${page}`, snippet(text, words)); list.append(item)
   }
-  const count = document.createElement('p')
+  const heading = document.createElement('h1'), count = document.createElement('p')
+  heading.textContent = 'Search'
   count.setAttribute('role', 'status')
   count.textContent = found.length ? `${found.length} places` : `Nothing holds “${query}”.`
-  results.replaceChildren(count, list); scrollTo(0, 0)
+  results.replaceChildren(heading, count, list); scrollTo(0, 0)
 }
 
 field.addEventListener('focus', load)

@@ -1100,6 +1100,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'skin_lesion/execution/pages.py'),
                                              'skin_lesion.execution.pages.page': ( 'execution/pages.html#page',
                                                                                    'skin_lesion/execution/pages.py'),
+                                             'skin_lesion.execution.pages.scrollable': ( 'execution/pages.html#scrollable',
+                                                                                         'skin_lesion/execution/pages.py'),
                                              'skin_lesion.execution.pages.table': ( 'execution/pages.html#table',
                                                                                     'skin_lesion/execution/pages.py')},
             'skin_lesion.execution.parameters': { 'skin_lesion.execution.parameters._value': ( 'execution/parameters.html#_value',

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urljoin
 import pytest
 from conftest import ROOT
 from fastcore.docments import docments
+from test_accessibility import LOOKS, broken
 
 from skin_lesion._modidx import d as INDEX
 
@@ -136,7 +137,7 @@ def test_somebody_searches_on_a_phone_and_follows_what_is_found(browser, site):
     page.keyboard.type("split_table")
     page.wait_for_selector("#site-results li a")
     hits = page.locator("#site-results li a")
-    assert hits.first.inner_text() == "split_table" and not page.locator("main").is_visible()
+    assert hits.first.inner_text() == "split_table" and not page.locator("#site-page").is_visible()
     assert "stratified by diagnosis" in page.locator("#site-results").inner_text() or page.locator("mark").count() > 0
     page.keyboard.press("Enter")
     page.wait_for_url("**/data/splits.html#split_table")
@@ -176,3 +177,16 @@ def test_pages_fit_a_phone_in_light_and_dark_and_the_contents_open(browser, site
     current = wide.locator("#site-contents [aria-current]").bounding_box()
     assert 0 < current["y"] < 900 and current["x"] < 288  # seen beside the text, wherever the page was scrolled to
     wide.close()
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=str)
+def test_axe_finds_nothing_wrong(browser, site, look):
+    page = browser.new_page(**look)
+    for name in ("index", "data/splits", "commands/data", "explore/eda"):
+        page.goto((site / f"{name}.html").as_uri())
+        assert broken(page) == {}, name
+    page.keyboard.press("/")
+    page.keyboard.type("split_table")
+    page.wait_for_selector("#site-results li a")
+    assert broken(page) == {}
+    page.close()

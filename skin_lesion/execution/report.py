@@ -14,7 +14,7 @@ from configparser import ConfigParser
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fastcore.xml import (H1, H2, A, Details, Div, Figcaption, Figure, Footer, Header, Img, Li, Main, Ol, P, Pre, Section, Small, Span, Strong,
+from fastcore.xml import (H1, H2, A, Aside, Details, Div, Figcaption, Figure, Footer, Header, Img, Li, Main, Ol, P, Pre, Section, Small, Span, Strong,
                           Summary, Td, to_xml)
 
 from .definition import CONDITIONS, flatten
@@ -304,8 +304,8 @@ def notices(
 ) -> tuple:
     "What must not be overlooked."
     synthetic = evaluation.get('synthetic') or parameters_of(execution).get('DataDataset') == 'sample'
-    warning = [Div('SYNTHETIC sample: the images are drawn by a program and say nothing about skin', cls='notice', role='note')] if synthetic else []
-    return (*warning, Div('Research use only. Not a medical device.', cls='notice quiet', role='note'))
+    warning = [Aside('SYNTHETIC sample: the images are drawn by a program and say nothing about skin', cls='notice', aria_label='Data')] if synthetic else []
+    return (*warning, Aside('Research use only. Not a medical device.', cls='notice quiet', aria_label='Use'))
 
 
 def top(
