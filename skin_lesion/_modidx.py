@@ -584,6 +584,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'skin_lesion.data.sample.photograph': ( 'data/sample.html#photograph',
                                                                                  'skin_lesion/data/sample.py'),
                                          'skin_lesion.data.sample.render': ('data/sample.html#render', 'skin_lesion/data/sample.py'),
+                                         'skin_lesion.data.sample.write_drawn': ( 'data/sample.html#write_drawn',
+                                                                                  'skin_lesion/data/sample.py'),
                                          'skin_lesion.data.sample.write_sample': ( 'data/sample.html#write_sample',
                                                                                    'skin_lesion/data/sample.py')},
             'skin_lesion.data.shards': { 'skin_lesion.data.shards.Decoded': ('data/shards.html#decoded', 'skin_lesion/data/shards.py'),

@@ -150,37 +150,23 @@ def test_a_place_that_cannot_be_written_to_fails_no_request(tmp_path):
         assert "skin_lesion_capture_written 0.0" in text and "skin_lesion_capture_lost 0.0" in text
 
 
-def test_to_s3_with_our_key(tmp_path, monkeypatch):
+def test_to_s3_with_our_key(moto, tmp_path):
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "eu-west-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        s3 = boto3.client("s3")
-        s3.create_bucket(Bucket="kept", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
-        capture = Capture("s3://kept/capture/", "skin-lesion", kms_key="alias/skin-lesion")
-        capture.put(LINE)
-        capture.close()
-        [found] = s3.list_objects_v2(Bucket="kept")["Contents"]
-        assert found["Key"].startswith("capture/skin-lesion/AllTraffic/2026/03/01/09/")
-        stored = s3.get_object(Bucket="kept", Key=found["Key"])
-        assert json.loads(stored["Body"].read()) == LINE
-        assert (stored["ServerSideEncryption"], stored["SSEKMSKeyId"]) == ("aws:kms", "alias/skin-lesion")
-        gone = Capture("s3://nowhere/capture", "skin-lesion")
-        gone.put(LINE)
-        gone.close(20)
-        assert (gone.written, gone.lost) == (0, 1)
-    finally:
-        moto.stop()
+    s3 = boto3.client("s3")
+    s3.create_bucket(Bucket="kept", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    capture = Capture("s3://kept/capture/", "skin-lesion", kms_key="alias/skin-lesion")
+    capture.put(LINE)
+    capture.close()
+    [found] = s3.list_objects_v2(Bucket="kept")["Contents"]
+    assert found["Key"].startswith("capture/skin-lesion/AllTraffic/2026/03/01/09/")
+    stored = s3.get_object(Bucket="kept", Key=found["Key"])
+    assert json.loads(stored["Body"].read()) == LINE
+    assert (stored["ServerSideEncryption"], stored["SSEKMSKeyId"]) == ("aws:kms", "alias/skin-lesion")
+    gone = Capture("s3://nowhere/capture", "skin-lesion")
+    gone.put(LINE)
+    gone.close(20)
+    assert (gone.written, gone.lost) == (0, 1)
 
 
 def test_wrong_places_and_shares_are_refused(tmp_path):

@@ -238,32 +238,17 @@ def test_the_command_refuses_what_it_cannot_do(drawn, tmp_path, monkeypatch):
     assert "4 with one" in CliRunner().invoke(main, ["monitor", "--help"]).output
 
 
-def test_the_event_is_put_where_a_setting_says_so(tmp_path, monkeypatch):
-    from moto.server import ThreadedMotoServer
+def test_the_event_is_put_where_a_setting_says_so(moto):
+    import boto3
 
     from skin_lesion.monitoring.windows import event, put_event
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "eu-west-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        import boto3
-
-        events = boto3.client("events")
-        events.create_event_bus(Name="ours")
-        events.create_archive(ArchiveName="kept", EventSourceArn=events.describe_event_bus(Name="ours")["Arn"])
-        window = {"start": datetime(2026, 3, 1, tzinfo=UTC).isoformat(), "end": "x", "alarm": None, "pictures": 3}
-        put_event(event("skin-lesion", "v1", [window], False, []), "ours")
-        assert events.describe_archive(ArchiveName="kept")["EventCount"] == 1
-    finally:
-        server.stop()
+    events = boto3.client("events")
+    events.create_event_bus(Name="ours")
+    events.create_archive(ArchiveName="kept", EventSourceArn=events.describe_event_bus(Name="ours")["Arn"])
+    window = {"start": datetime(2026, 3, 1, tzinfo=UTC).isoformat(), "end": "x", "alarm": None, "pictures": 3}
+    put_event(event("skin-lesion", "v1", [window], False, []), "ours")
+    assert events.describe_archive(ArchiveName="kept")["EventCount"] == 1
 
 
 def test_plain_papermill_runs_it_as_the_notebook_job_does(drawn, tmp_path):

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -19,7 +20,7 @@ import pandas as pd
 # %% auto #0
 __all__ = ['SIDE', 'WIDTH', 'HEIGHT', 'DERMIS', 'MELANIN', 'BLOOD', 'BLUE', 'WHITE', 'YELLOW', 'PAINTERS', 'MIMICS', 'HYBRIDS',
            'CAMERAS', 'MIX', 'AGES', 'SITES', 'SITE_SHARES', 'VERSION', 'README', 'render', 'paint', 'photograph',
-           'draw_people', 'write_sample']
+           'draw_people', 'write_drawn', 'write_sample']
 
 # %% ../../nbs/data/03_sample.ipynb #4c64482c
 SIDE = 384  # pixels of the canvas that a lesion is painted on
@@ -358,6 +359,32 @@ A model trained on them knows the program and nothing about skin. They exist so 
 No rights are reserved in them (CC0 1.0).
 '''
 
+def write_drawn(
+    folder: str | Path,
+    kind: str,                      # of the drawings; KIND.json in the folder says what they were made from
+    made: dict,                     # what that is
+    write: Callable[[Path], None],  # draws into an empty folder
+) -> Path:  # the folder
+    """Drawings appear whole or not at all; a folder with the very same stays as it is.
+
+    Raises `ValueError` for a folder that holds something else."""
+    folder = Path(folder)
+    record = folder/f'{kind}.json'
+    if record.is_file() and json.loads(record.read_text()) == made: return folder
+    if folder.exists() and not record.is_file() and any(folder.iterdir()):
+        raise ValueError(f'{folder} holds something else than drawn pictures ({kind}); it would be replaced; name a new or empty folder')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
+    try:
+        write(work)
+        (work/record.name).write_text(json.dumps(made))
+        work.chmod(0o755)
+        if folder.exists(): shutil.rmtree(folder)
+        os.rename(work, folder)
+    finally: shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
 def write_sample(
     folder: str | Path,  # made, or left as it is if it holds this very sample
     lesions: int = 500,  # 7 at least; about 2.3 images each
@@ -366,22 +393,8 @@ def write_sample(
     """Draws the synthetic data set; the same seed and number of lesions give the same bytes.
 
     Raises `ValueError` for fewer than 7 lesions, and for a folder that holds something else."""
-    folder, made = Path(folder), dict(synthetic=True, version=VERSION, seed=seed, lesions=lesions)
     if lesions < len(MIX): raise ValueError(f'lesions is {lesions}; each of the {len(MIX)} classes needs one; ask for 7 at least')
-    record = folder/'sample.json'
-    if record.is_file() and json.loads(record.read_text()) == made: return folder
-    if folder.exists() and not record.is_file() and any(folder.iterdir()):
-        raise ValueError(f'{folder} holds something else than a sample; it would be replaced; name a new or empty folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
-    try:
-        _write(work, lesions, seed)
-        (work/'sample.json').write_text(json.dumps(made))
-        work.chmod(0o755)
-        if folder.exists(): shutil.rmtree(folder)
-        os.rename(work, folder)
-    finally: shutil.rmtree(work, ignore_errors=True)
-    return folder
+    return write_drawn(folder, 'sample', dict(synthetic=True, version=VERSION, seed=seed, lesions=lesions), lambda work: _write(work, lesions, seed))
 
 def _write(folder: Path, lesions: int, seed: int):
     "Images, metadata and README into an empty folder."

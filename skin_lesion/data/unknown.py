@@ -5,14 +5,12 @@
 # %% ../../nbs/data/03a_unknown.ipynb #29312a03
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from .sample import write_drawn
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'WORDS', 'KINDS', 'VERSION', 'README', 'write_unknown']
@@ -103,22 +101,8 @@ def write_unknown(
     """Draws pictures that are no dermoscopy; the same seed and number give the same bytes.
 
     Raises `ValueError` for no images at all, and for a folder that holds something else."""
-    folder, made = Path(folder), dict(synthetic=True, version=VERSION, seed=seed, images=images)
     if images < 1: raise ValueError(f'images is {images}; at least one is needed, and 150 give usable intervals')
-    record = folder/'unknown.json'
-    if record.is_file() and json.loads(record.read_text()) == made: return folder
-    if folder.exists() and not record.is_file() and any(folder.iterdir()):
-        raise ValueError(f'{folder} holds something else than drawn pictures; it would be replaced; name a new or empty folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
-    try:
-        _write(work, images, seed)
-        (work/'unknown.json').write_text(json.dumps(made))
-        work.chmod(0o755)
-        if folder.exists(): shutil.rmtree(folder)
-        os.rename(work, folder)
-    finally: shutil.rmtree(work, ignore_errors=True)
-    return folder
+    return write_drawn(folder, 'unknown', dict(synthetic=True, version=VERSION, seed=seed, images=images), lambda work: _write(work, images, seed))
 
 
 def _write(folder: Path, images: int, seed: int):
