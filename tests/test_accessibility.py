@@ -29,9 +29,10 @@ def test_axe_finds_what_is_wrong(page):
     assert {"image-alt (critical)", "color-contrast (serious)", "html-has-lang (serious)"} <= set(broken(page))
 
 
-def test_the_report_of_a_run_and_its_notebooks(page, finished):
+def test_the_report_of_a_run_its_notebooks_and_the_run_beside_itself(page, finished):
+    assert finished.cli("report", "latest", "latest").returncode == 0
     report = sorted((finished.work / "runs" / "latest" / "report").glob("*.html"))
-    assert len(report) >= 4
+    assert len(report) >= 6, report
     for path in report:
         page.goto(path.as_uri())
         assert broken(page) == {}, path.name
