@@ -46,6 +46,7 @@ def run(name, folder, data):
     return figures(out)
 
 
+@pytest.mark.slow  # it runs on real ones below, and the other two on drawn ones
 def test_the_look_at_the_pictures_runs_on_drawn_ones(work):
     found = run("01_eda", work, work / "absent")
     assert found["classes"] == CLASSES and found["lesions"] < found["images"]

@@ -66,7 +66,7 @@ def results(run: Path) -> tuple[dict, bytes]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("victim", ["engine", "step"])
+@pytest.mark.parametrize("victim", ["engine", pytest.param("step", marks=pytest.mark.slow)])
 def test_kill_9_in_each_step_then_resume_ends_with_the_same_metrics(sampled, finished, victim):
     """One run, killed once inside each of its four steps, against one that was never killed."""
     run = sampled.work / "runs" / "latest"
