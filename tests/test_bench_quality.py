@@ -177,7 +177,8 @@ def settings_of(profile):
 def test_the_headline(shared_data):
     """Writes bench/quality.json (or quality_PROFILE.json) first and is strict afterwards, so that a miss can be looked at.
 
-    What is interrupted goes on when it is started again; delete runs/bench_quality_PROFILE to start anew."""
+    What is interrupted goes on when it is started again; delete runs/bench_quality_PROFILE to start anew. BESIDE=0 leaves out
+    the network that learned from the labels alone, for who has no GPU and no evening."""
     profile = os.environ.get("PROFILE", "quick")
     settings, root = settings_of(profile), ROOT / "runs" / f"bench_quality_{profile}"
     prepared = root / "prepare" / "processing" / "output"
@@ -187,7 +188,8 @@ def test_the_headline(shared_data):
         if not raw.exists():
             raw.symlink_to(shared_data / "ham10000")
         step("prepare", root / "prepare", settings["data"] | {"dataset": "ham10000"})
-    figures, _ = headline(prepared, root, settings["train"], FOLDS, settings["evaluate"]["bootstrap"])
+    beside = os.environ.get("BESIDE") != "0"
+    figures, _ = headline(prepared, root, settings["train"], FOLDS, settings["evaluate"]["bootstrap"], beside)
     keep("quality" if profile == "full" else f"quality_{profile}", {"profile": profile} | figures)
     served = figures["test"]["served"]
     assert not any(figures["data"]["folds"]["shared"].values())
