@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -18,7 +22,7 @@ from PIL import Image, ImageCms
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'ImageError', 'Picture', 'read_picture', 'decode', 'to_square', 'load_square',
-           'read_ahead', 'read_squares']
+           'read_ahead', 'read_squares', 'write_drawn']
 
 # %% ../../nbs/data/02_images.ipynb #0982d0d0
 FORMATS = ('JPEG', 'PNG', 'BMP')
@@ -189,3 +193,29 @@ def read_squares(
         images = np.stack([image for _, image in good]) if good else np.zeros((0, size, size, 3), np.uint8)
         yield [file for file, _ in good], images, [str(error) for _, error in found if isinstance(error, ImageError)]
 
+
+# %% ../../nbs/data/02_images.ipynb #d0a11f02
+def write_drawn(
+    folder: str | Path,
+    kind: str,                      # of the drawings; KIND.json in the folder says what they were made from
+    made: dict,                     # what that is
+    write: Callable[[Path], None],  # draws into an empty folder
+) -> Path:  # the folder
+    """Drawings appear whole or not at all; a folder with the very same stays as it is.
+
+    Raises `ValueError` for a folder that holds something else."""
+    folder = Path(folder)
+    record = folder/f'{kind}.json'
+    if record.is_file() and json.loads(record.read_text()) == made: return folder
+    if folder.exists() and not record.is_file() and any(folder.iterdir()):
+        raise ValueError(f'{folder} holds something else than drawn pictures ({kind}); it would be replaced; name a new or empty folder')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
+    try:
+        write(work)
+        (work/record.name).write_text(json.dumps(made))
+        work.chmod(0o755)
+        if folder.exists(): shutil.rmtree(folder)
+        os.rename(work, folder)
+    finally: shutil.rmtree(work, ignore_errors=True)
+    return folder

@@ -5,22 +5,19 @@
 # %% ../../nbs/data/03_sample.ipynb #bf8ffda8
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 
+from .images import write_drawn
+
 # %% auto #0
 __all__ = ['SIDE', 'WIDTH', 'HEIGHT', 'DERMIS', 'MELANIN', 'BLOOD', 'BLUE', 'WHITE', 'YELLOW', 'PAINTERS', 'MIMICS', 'HYBRIDS',
            'CAMERAS', 'MIX', 'AGES', 'SITES', 'SITE_SHARES', 'VERSION', 'README', 'render', 'paint', 'photograph',
-           'draw_people', 'write_drawn', 'write_sample']
+           'draw_people', 'write_sample']
 
 # %% ../../nbs/data/03_sample.ipynb #4c64482c
 SIDE = 384  # pixels of the canvas that a lesion is painted on
@@ -358,32 +355,6 @@ A model trained on them knows the program and nothing about skin. They exist so 
 
 No rights are reserved in them (CC0 1.0).
 '''
-
-def write_drawn(
-    folder: str | Path,
-    kind: str,                      # of the drawings; KIND.json in the folder says what they were made from
-    made: dict,                     # what that is
-    write: Callable[[Path], None],  # draws into an empty folder
-) -> Path:  # the folder
-    """Drawings appear whole or not at all; a folder with the very same stays as it is.
-
-    Raises `ValueError` for a folder that holds something else."""
-    folder = Path(folder)
-    record = folder/f'{kind}.json'
-    if record.is_file() and json.loads(record.read_text()) == made: return folder
-    if folder.exists() and not record.is_file() and any(folder.iterdir()):
-        raise ValueError(f'{folder} holds something else than drawn pictures ({kind}); it would be replaced; name a new or empty folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
-    try:
-        write(work)
-        (work/record.name).write_text(json.dumps(made))
-        work.chmod(0o755)
-        if folder.exists(): shutil.rmtree(folder)
-        os.rename(work, folder)
-    finally: shutil.rmtree(work, ignore_errors=True)
-    return folder
-
 
 def write_sample(
     folder: str | Path,  # made, or left as it is if it holds this very sample

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .sample import write_drawn
+from .images import write_drawn
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'WORDS', 'KINDS', 'VERSION', 'README', 'write_unknown']
