@@ -13,7 +13,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, keep
+import requests
+from conftest import ROOT, Served, keep
+from safetensors.numpy import load_file
 
 from skin_lesion.data.catalog import read_dataset
 from skin_lesion.data.duplicates import near_duplicates
@@ -24,6 +26,7 @@ from skin_lesion.evaluation.calibration import at_prevalence, calibrated, error_
 from skin_lesion.evaluation.conformal import coverage_band, fit_sets, measure_sets, prediction_sets
 from skin_lesion.evaluation.ensemble import fit_temperatures, pool
 from skin_lesion.evaluation.metrics import calibration_error, count_lesions, paired_difference, score
+from skin_lesion.serving.package import unpack
 from skin_lesion.serving.predictor import Graph
 from skin_lesion.settings import load_settings
 from skin_lesion.training.folds import members_logits
@@ -137,9 +140,9 @@ def headline(prepared, root, parameters, folds, bootstrap, beside=True):
     seconds = {"served, with its teachers": train_once(served, prepared, parameters | {"folds": folds})}
     if beside:
         seconds["labels alone"] = train_once(plain, prepared, parameters | {"folds": 0})
-    members = {
-        n: members_logits(served / "checkpoints" / "folds", judge.parts[n]) for n in ("validation", "test")
-    }  # (K, N, C)
+    teachers = served / "checkpoints" / "folds"
+    said = [load_file(path)["validation"] for path in sorted(teachers.glob("fold-*/logits.safetensors"))]
+    members = {"validation": np.stack(said), "test": members_logits(teachers, judge.parts["test"])}  # (K, N, C)
     temperatures = fit_temperatures(members["validation"], judge.y["validation"], class_shares=judge.shares)
     together = {n: pool(x, temperatures) for n, x in members.items()}
     found = {"served": judge.figures(*judge.answers(served / "model")), "ensemble": judge.figures(together)}
@@ -231,3 +234,25 @@ def test_the_same_code_on_a_few_drawn_lesions(tmp_path):
     )
     again, _ = headline(prepared, tmp_path, parameters, 2, 50, beside=False)  # everything is there
     assert again == figures
+
+
+@pytest.mark.slow
+def test_the_full_profile_ends_in_a_package_that_the_server_serves(project):
+    """The whole recipe at its own 260 pixels through the whole pipeline, on the drawn sample; only the passes are fewer."""
+    assert project.cli("data", "sample", "--out", "drawn").returncode == 0
+    fewer = ["--set=train.epochs=6", "--set=train.warmup_epochs=1", "--set=train.ema_decay=0.9"]
+    words = ["run", "training", "--profile", "full", "--data-dir", "drawn", *fewer]
+    done = project.cli(*words, timeout=4 * 3600, env=project.env | {"OMP_NUM_THREADS": str(os.cpu_count())})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run, full = project.work / "runs" / "latest", settings_of("full")["train"]
+    states = json.loads((run / "steps.json").read_text())["PipelineExecutionSteps"]
+    assert [s["StepStatus"] for s in states if s["StepType"] == "RegisterModel"] == ["Succeeded"]
+    model = json.loads((unpack(run / "model.tar.gz", project.work / "package") / "model.json").read_text())
+    used = model["provenance"]["settings"]
+    assert model["image_size"] == 260 and model["views"] == full["views"] == 8
+    assert all(used[name] == full[name] for name in ("architecture", "batch_size", "layer_decay", "mix", "imbalance"))
+    picture = next((project.work / "drawn" / "images").iterdir()).read_bytes()
+    with Served(run / "model.tar.gz", "--set=serving.batch=4") as server:
+        answer = requests.post(server.url + "/invocations", picture, headers={"Content-Type": "image/jpeg"}, timeout=60)
+    [one] = answer.json()["predictions"]
+    assert sum(one["probabilities"].values()) == pytest.approx(1)

@@ -53,7 +53,7 @@ def work(
     model = Classifier(architecture, len(training.classes), machine.memory_format)
     check_memory(model, training.image_size, recipe.batch_size, machine, recipe.optimizer, recipe.ema_decay > 0)
     if pretrained and dist.get_rank() == 0: load_pretrained(model, architecture)
-    train(model, training, validation, training.classes, recipe, checkpoints, device)
+    train(model, training, validation, training.classes, recipe, checkpoints, device, new_head=pretrained)
     dist.destroy_process_group()
 
 # %% ../../nbs/training/05_distributed.ipynb #901d3e57

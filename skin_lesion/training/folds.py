@@ -98,7 +98,7 @@ def train_member(
     torch.manual_seed(recipe.seed)
     model = Classifier(architecture, len(classes), memory_format)
     if pretrained: load_pretrained(model, architecture)
-    history = train(model, learned, validation, classes, recipe, folder, device)
+    history = train(model, learned, validation, classes, recipe, folder, device, new_head=pretrained)
     spoken = spoken_shares(np.array([classes.index(d) for d in learned.rows.diagnosis]), classes, recipe, history)
     logits = {name: _equal_logits(model, images, views, spoken, device) for name, images in (('left_out', left_out), ('validation', validation))}
     save_model(model, str(folder/'model.safetensors'))

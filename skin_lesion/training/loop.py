@@ -34,6 +34,7 @@ from tqdm.std import tqdm
 from ..data.augment import augment_batch, draw, draw_mix, mix_batch
 from ..data.shards import Shards
 from .collective import from_first, join_rows, my_rows, over_all, processes, share_batch_norm
+from .head import fit_head
 from .imbalance import class_shares, class_weights, epoch_order, imbalance_loss, learned_shares
 from .machine import choose_device, choose_dtype
 
@@ -167,6 +168,7 @@ def train(
     checkpoints: Path,       # folder; a run that was stopped goes on from there
     device: torch.device | None = None,
     targets: np.ndarray | None = None,  # (N, C), float32, rows sum to 1: what the network is to say of each training picture; None: its label
+    new_head: bool = False,  # all layers but the last know something: the last is fitted to it first
 ) -> pd.DataFrame:           # a row an epoch
     "Trains `model` in place. Raises `Stopped` after SIGTERM, with a checkpoint saved; `ValueError` for a foreign checkpoint."
     device = device or choose_device()
@@ -182,7 +184,12 @@ def train(
     if min(recipe.batch_size, len(labels)) % world:
         raise ValueError(f'A batch of {min(recipe.batch_size, len(labels))} pictures cannot be dealt evenly to {world} processes. '
                          f'Set train.batch_size to a multiple of {world}, at most {len(labels)}, or train.processes to another number.')
+    belongs_to = {'recipe': asdict(recipe), 'data': [training.content_hash, validation.content_hash], 'classes': classes, 'targets': taught}
     model = share_batch_norm(model.to(device))
+    state = from_first(load_checkpoint(checkpoints, belongs_to) if rank == 0 else None, device)
+    if new_head and not state and rank == 0:
+        spoken = learned_shares(share_tensor, class_weights(share_tensor, len(labels), recipe.imbalance, 0), recipe.imbalance)
+        fit_head(model, training, labels, spoken.numpy(), device, dtype)
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model  # the buffers are equal
     optimizer = create_optimizer_v2(model.net, recipe.optimizer, recipe.learning_rate, recipe.weight_decay,
                                     layer_decay=recipe.layer_decay if recipe.layer_decay != 1 else None)
@@ -190,9 +197,8 @@ def train(
     schedule = CosineLRScheduler(optimizer, t_initial=recipe.epochs * epoch_updates, warmup_t=recipe.warmup_epochs * epoch_updates,
                                  warmup_lr_init=recipe.learning_rate / 100, warmup_prefix=False, t_in_epochs=False)
     average = ModelEmaV3(model, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-    belongs_to = {'recipe': asdict(recipe), 'data': [training.content_hash, validation.content_hash], 'classes': classes, 'targets': taught}
     history, best, epoch, done, loss_sum = [], None, 0, 0, 0.0
-    if state := from_first(load_checkpoint(checkpoints, belongs_to) if rank == 0 else None, device):
+    if state:
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
         if average: average.module.load_state_dict(state['average'])
         history, best, epoch, done, loss_sum = (state[key] for key in ('history', 'best', 'epoch', 'done', 'loss_sum'))
