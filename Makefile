@@ -36,7 +36,7 @@ bench-training: install  ## the input pipeline beside timm's loader, and on a GP
 bench-quality: install  ## five folds, their average and the network that they teach on HAM10000, from nothing but the data: PROFILE=full on a GPU
 	pytest tests/test_bench_quality.py -m slow --timeout 86400 -s
 
-bench-recipe: install  ## what each knob of the training recipe does in a short training on HAM10000, 45 minutes on two cores; figures under bench/
+bench-recipe: install  ## what each knob of the training recipe does in a short training on HAM10000, an hour on two cores; figures under bench/
 	pytest tests/test_bench_recipe.py -m slow --timeout 10800 -s
 
 bench-monitoring: install  ## false alarms and power of the drift alarm on real pictures, beside Evidently; figures under bench/

@@ -22,7 +22,7 @@ from skin_lesion.training.machine import choose_machine, training_memory
 from skin_lesion.training.models import Classifier
 architecture, size, batch, precision, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5])
 dtype = getattr(torch, precision)
-if 'CAREFREE' not in os.environ: choose_machine()
+if 'FRESH_MEMORY' not in os.environ: choose_machine()
 images, labels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64)
 def step(images, labels):
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32): logits = model(images)
@@ -126,8 +126,11 @@ def test_memory_that_is_used_again_saves_time_and_costs_none():
     kept, fresh = [], []
     for _ in range(3):
         kept.append(train_a_little("efficientnet_lite0", 128, 32, "float32", 10))
-        fresh.append(train_a_little("efficientnet_lite0", 128, 32, "float32", 10, CAREFREE="1"))
-    rate, peak = ([np.median([run[key] for run in kept]) / np.median([run[key] for run in fresh]) for key in ("images_per_second", "peak")])
+        fresh.append(train_a_little("efficientnet_lite0", 128, 32, "float32", 10, FRESH_MEMORY="1"))
+    rate, peak = [
+        np.median([run[key] for run in kept]) / np.median([run[key] for run in fresh])
+        for key in ("images_per_second", "peak")
+    ]
     print(f"\nkept memory: {rate:.2f} of the images in a second, {peak:.2f} of the peak")
     assert rate > 1.05 and peak < 1.2
 

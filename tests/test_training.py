@@ -7,9 +7,11 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_sample_image
+from sklearn.linear_model import LogisticRegression
 
 from skin_lesion.data.catalog import read_dataset
 from skin_lesion.data.duplicates import near_duplicates
@@ -17,6 +19,8 @@ from skin_lesion.data.images import to_square
 from skin_lesion.data.sample import write_sample
 from skin_lesion.data.shards import Shards, pack_images, write_shards
 from skin_lesion.data.splits import split_table
+from skin_lesion.training import head
+from skin_lesion.training.head import STRENGTH, fit_head, pooled_features
 from skin_lesion.training.imbalance import IMBALANCE
 from skin_lesion.training.loop import Recipe, Stopped, train
 from skin_lesion.training.models import ARCHITECTURES, Classifier, load_pretrained, own_size
@@ -32,7 +36,7 @@ torch.manual_seed(1)
 torch.set_num_threads(1)
 shards = [Shards(folder / part) for part in ('train', 'validation')]
 model = Classifier('mobilenetv2_050', 7)
-train(model, *shards, shards[0].classes, Recipe(epochs=3, batch_size=16, warmup_epochs=0, ema_decay=0.9, mix='cutmix', layer_decay=0.9), checkpoints, torch.device('cpu'))
+train(model, *shards, shards[0].classes, Recipe(epochs=3, batch_size=16, warmup_epochs=0, ema_decay=0.9, mix='cutmix', layer_decay=0.9), checkpoints, torch.device('cpu'), new_head=True)
 torch.save(model.state_dict(), checkpoints / 'end.pt')
 """
 
@@ -107,6 +111,32 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_resumes_to_the_bit(shards, 
     resumed = Classifier("mobilenetv2_050", 7)
     train(resumed, *parts, parts[0].classes, recipe, tmp_path / "stopped", cpu)
     assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_the_head_of_two_classes_says_what_the_regression_says(shards):
+    images, cpu = Shards(shards / "train"), torch.device("cpu")
+    y, equal = (images.rows.diagnosis == "NV").to_numpy(int), np.full(2, 0.5)
+    torch.manual_seed(1)
+    model = Classifier("mobilenetv2_050", 2)
+    fit_head(model, images, y, equal, cpu)
+    seen = pooled_features(model, images, np.arange(len(y)), cpu).astype(np.float64)
+    seen /= seen.std(0).mean()
+    regression = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=500).fit(seen, y)
+    with torch.inference_mode():
+        logits = model.eval()(torch.from_numpy(images[np.arange(len(y))]))
+    assert logits.softmax(1).numpy() == pytest.approx(regression.predict_proba(seen), abs=1e-3)
+
+
+def test_of_many_pictures_the_head_sees_as_many_of_each_class(shards, monkeypatch):
+    images, asked = Shards(shards / "train"), []
+    y = np.array([images.classes.index(d) for d in images.rows.diagnosis])
+    monkeypatch.setattr(head, "MOST", 14)
+    real = head.pooled_features
+    monkeypatch.setattr(
+        head, "pooled_features", lambda model, images, rows, *a: (asked.append(rows), real(model, images, rows, *a))[1]
+    )
+    fit_head(Classifier("mobilenetv2_050", 7), images, y, np.full(7, 1 / 7), torch.device("cpu"))
+    assert np.bincount(y[asked[0]]).tolist() == [2] * 7
 
 
 def test_a_checkpoint_of_another_run_is_refused(shards, tmp_path):
