@@ -123,4 +123,4 @@ def test_a_head_that_is_fitted_first_is_worth_passes(pictures, tmp_path):
         found |= {f"drawn, seed {seed}": pictures.figures(drawn, drawn)}
         found |= {f"fitted, seed {seed}": pictures.figures(fitted, drawn)}
         pictures.keep("head", found)
-    assert np.mean([found[f"fitted, seed {seed}"]["difference"][0] for seed in (1, 2, 3)]) > 0
+    assert all(found[f"fitted, seed {seed}"]["difference"][1] > 0 for seed in (1, 2, 3)), "surely better, in each seed"
