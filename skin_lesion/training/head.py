@@ -43,9 +43,10 @@ def fit_head(
     device: torch.device,
     dtype: torch.dtype = torch.float32,  # of the network's arithmetic
 ) -> None:
-    "The last layer, by logistic regression on what the other layers say."
+    "The last layer, by logistic regression on what the other layers say (Kumar et al. 2022)."
     rng = np.random.default_rng(1)
     rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:MOST//len(spoken)] for c in range(len(spoken))]))
+    print(f'fits the last layer to {len(rows):,} pictures', flush=True)   # minutes, on two cores and many pictures
     features = pooled_features(model, images, rows, device, dtype).astype(np.float64)
     mean, scale = features.mean(0), features.std(0).mean()
     weights = dict(enumerate(spoken*len(rows)/np.bincount(labels[rows])))
