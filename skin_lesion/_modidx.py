@@ -1928,8 +1928,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'skin_lesion/training/machine.py'),
                                               'skin_lesion.training.machine.Machine.__str__': ( 'training/machine.html#machine.__str__',
                                                                                                 'skin_lesion/training/machine.py'),
-                                              'skin_lesion.training.machine._keep_memory': ( 'training/machine.html#_keep_memory',
-                                                                                             'skin_lesion/training/machine.py'),
                                               'skin_lesion.training.machine._numbers': ( 'training/machine.html#_numbers',
                                                                                          'skin_lesion/training/machine.py'),
                                               'skin_lesion.training.machine._saved_bytes': ( 'training/machine.html#_saved_bytes',

@@ -18,11 +18,10 @@ import json, os, sys, time, psutil, torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
-from skin_lesion.training.machine import choose_machine, training_memory
+from skin_lesion.training.machine import training_memory
 from skin_lesion.training.models import Classifier
 architecture, size, batch, precision, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5])
 dtype = getattr(torch, precision)
-if 'FRESH_MEMORY' not in os.environ: choose_machine()
 images, labels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64)
 def step(images, labels):
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32): logits = model(images)
@@ -118,21 +117,6 @@ def test_the_estimate_is_within_a_factor_of_one_and_a_half_of_the_real_peak(arch
     figures = train_a_little(architecture, size, batch, precision, 0)
     print(f"\n{architecture} {precision}: {figures['estimate'] / figures['peak']:.2f} of the real peak was estimated")
     assert 1 / 1.5 < figures["estimate"] / figures["peak"] < 1.5
-
-
-@pytest.mark.slow
-def test_memory_that_is_used_again_saves_time_and_costs_none():
-    """In turn, because others may use the machine; the peak is that of the same network."""
-    kept, fresh = [], []
-    for _ in range(3):
-        kept.append(train_a_little("efficientnet_lite0", 128, 32, "float32", 10))
-        fresh.append(train_a_little("efficientnet_lite0", 128, 32, "float32", 10, FRESH_MEMORY="1"))
-    rate, peak = [
-        np.median([run[key] for run in kept]) / np.median([run[key] for run in fresh])
-        for key in ("images_per_second", "peak")
-    ]
-    print(f"\nkept memory: {rate:.2f} of the images in a second, {peak:.2f} of the peak")
-    assert rate > 1.05 and peak < 1.2
 
 
 @pytest.mark.slow

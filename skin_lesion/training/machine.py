@@ -7,7 +7,6 @@ __all__ = ['CGROUP', 'choose_device', 'choose_dtype', 'free_threads', 'Machine',
            'free_memory', 'check_memory', 'plan']
 
 # %% ../../nbs/training/02a_machine.ipynb #84b3e6fa
-import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +62,6 @@ def free_threads(
     if len(quota) == 2 and quota[0] > 0: cores = min(cores, -(-quota[0] // quota[1]))
     return max(cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
 
-# %% ../../nbs/training/02a_machine.ipynb #7c40d2f1
-def _keep_memory():
-    "What is freed stays with this process, for its next batch (mallopt(3))."
-    libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4   # the numbers that malloc.h gives to the two parameters
-    if not hasattr(libc, 'mallopt'): return
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, -1)
-
 # %% ../../nbs/training/02a_machine.ipynb #8d19b0f4
 @dataclass(frozen=True)
 class Machine:
@@ -90,7 +81,7 @@ def choose_machine(
     threads: int = 0,              # 0 is automatic
     memory_format: str = 'auto',   # auto, channels_last or contiguous
 ) -> Machine:
-    "What is best here for what is left open. Sets torch's threads, and on a CPU how freed memory is kept. Raises `ValueError` for a value that is none of these."
+    "What is best here for what is left open. Sets torch's threads. Raises `ValueError` for a value that is none of these."
     device = choose_device()
     if threads < 0: raise ValueError(f'train.threads = {threads} is negative; give a number of threads, or 0 to have it chosen.')
     if memory_format == 'auto': memory_format = 'channels_last' if device.type == 'cpu' or _tensor_cores(device) else 'contiguous'
@@ -99,7 +90,6 @@ def choose_machine(
     layout = torch.channels_last if memory_format == 'channels_last' else torch.contiguous_format
     machine = Machine(device, choose_dtype(precision, device), threads or free_threads(), layout)
     torch.set_num_threads(machine.threads)
-    if device.type == 'cpu': _keep_memory()
     return machine
 
 # %% ../../nbs/training/02a_machine.ipynb #a9c47e06
